@@ -54,6 +54,8 @@ def find_backbone(name, weights=None):
     backbone = BACKBONES.get(name) or Backbone(*name.partition(":")[::2])
     if backbone.model not in open_clip.list_models():
         raise UserError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}, or name open_clip's MODEL:TAG")
+    if weights == "random":
+        return backbone
     if weights is not None or name == "toy":
         if not os.path.isfile(weights or backbone.pretrained):
             raise UserError(f"CLIP weights not found at {weights or backbone.pretrained}: name an open_clip safetensors or .pt file"
@@ -65,7 +67,8 @@ def find_backbone(name, weights=None):
 
 
 def load_clip(name, weights=None):
-    """Load a CLIP: a row of BACKBONES or open_clip's MODEL:TAG; by its tag (open_clip downloads it), or from the file `weights`.
+    """Load a CLIP: a row of BACKBONES or open_clip's MODEL:TAG; by its tag (open_clip downloads it), or from the file `weights`;
+    `weights="random"` keeps the random initialisation (the bench preset, which says so).
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, in float32, eval and frozen; the transform from a PIL
     image to its input; and the function from a list of strings to token ids. Mean, std and resizing are the tag's, with a local
@@ -84,7 +87,7 @@ def load_clip(name, weights=None):
                         "download them where there is a network and name the file with --clip-weights") from None
     finally:
         logging.disable(logging.NOTSET)
-    if weights:
+    if weights and weights != "random":
         try:
             tensors = open_clip.factory.load_state_dict(weights, weights_only=True)
         except Exception as error:  # safetensors, zip, pickle and TorchScript each raise their own
@@ -204,17 +207,19 @@ def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
         count += 1
     if not count:
         raise ValueError(f"no linear layer to adapt in {type(visual).__name__}")
+    visual.train(visual.training)  # new modules start in training mode
     return count
 
 
 def merge_lora(visual):
     """Fold LoRA into the weights it adapts, in float32, and put the original modules back: types and state-dict keys as before."""
-    for parent in list(visual.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (LoRAAttention, LoRALinear)):
-                if isinstance(child, LoRAProj):
-                    delattr(parent, name)  # a module gives way to a Parameter
-                setattr(parent, name, child.merge())
+    for name, child in list(visual.named_children()):
+        if isinstance(child, LoRAProj):
+            delattr(visual, name)  # a module gives way to a Parameter
+        if isinstance(child, (LoRAAttention, LoRALinear)):
+            setattr(visual, name, child.merge())
+        else:
+            merge_lora(child)
     return visual
 
 
@@ -710,7 +715,7 @@ HF_NAMES = [  # (open_clip's, HuggingFace's), applied in this order; the text to
     ("token_embedding", "embeddings.token_embedding"), ("positional_embedding", "embeddings.position_embedding.weight"),
     ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"), ("vision_model.norm.", "vision_model.post_layernorm."),
     ("transformer.resblocks.", "encoder.layers."), ("blocks.", "encoder.layers."),
-    ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"),
+    ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2"),
     ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("attn_pool.latent", "head.probe"), ("attn_pool.norm", "head.layernorm"),
     ("attn_pool.proj", "head.attention.out_proj"), ("attn_pool.mlp", "head.mlp"), ("attn.out_proj", "self_attn.out_proj"),
     ("attn.proj", "self_attn.out_proj"),

@@ -10,6 +10,7 @@ micro * world_size + rank counting the micro-batches of one global batch, so a r
 import argparse
 import contextlib
 import csv
+import ctypes
 import datetime
 import glob
 import io
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -32,20 +34,22 @@ import torch
 import torch.distributed as dist
 import torchvision.transforms as T
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from eval_mmvp import check_benchmark, check_zeroshot, evaluate_mmvp, evaluate_zeroshot, print_table
-from genhancer import (BACKBONES, TOY, Flux, FluxConfig, GenHancer, Perceiver, PerceiverConfig, export_hf, find_backbone, inject_lora,
+from eval_mmvp import check_benchmark, check_zeroshot, evaluate, print_table
+from genhancer import (BACKBONES, TOY, Flux, FluxConfig, GenHancer, Perceiver, PerceiverConfig, export_hf, find_backbone, image_side, inject_lora,
                        load_clip, merge_lora)
-from vae import UserError, load_strictly, load_vae, read_weights
-from vqgan import load_vqgan
+from vae import AutoEncoder, AutoEncoderConfig, UserError, load_strictly, load_vae, read_weights
+from vqgan import VQGAN, VQGANConfig, load_vqgan
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -57,15 +61,18 @@ PRESETS = {
         val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, depth=[2, 4], layers=6,
         stages={1: dict(epochs=1, batch_size=16, lr=1e-4), 2: dict(epochs=1, batch_size=16, lr=1e-5),
                 "e2e": dict(epochs=2, batch_size=16, lr=1e-4, lr_clip=1e-5)},
-        accum=2, precision="bf16", workers=8, save_every=1000, sample_every=1000, log_every=50),
+        accum=2, precision=None, workers=8, save_every=1000, sample_every=1000, log_every=50),
     "toy": dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
         width={"rf": 128, "perceiver": 128}, depth=[1, 2], layers=4,
-        stages={1: dict(steps=700, batch_size=128, lr=1e-3), 2: dict(steps=400, batch_size=64, lr=2e-4),
-                "e2e": dict(steps=1100, batch_size=128, lr=1e-3, lr_clip=2e-4)},
-        accum=1, precision="fp32", workers=0, save_every=200, sample_every=200, log_every=10),
+        stages={1: dict(steps=700, batch_size=64, lr=1e-3), 2: dict(steps=400, batch_size=64, lr=2e-4),
+                "e2e": dict(steps=1100, batch_size=64, lr=1e-3, lr_clip=2e-4)},
+        accum=1, precision=None, workers=0, save_every=200, sample_every=200, log_every=10),
 }
+PRESETS["bench"] = {**PRESETS["paper"], "accum": 1, "data": [], "stages": {  # full size; BENCH_CPU where there is no GPU
+    stage: {**values, "steps": 110} for stage, values in PRESETS["paper"]["stages"].items()}}
+BENCH_CPU = dict(backbone="ViT-B-32-quickgelu:random", width=768, batch_size=4, steps=7, workers=0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,7 +121,7 @@ def parse_args(argv=None):
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--sample-every", type=positive, help="steps between sample pictures and held-out losses")
     p.add_argument("--log-every", type=positive, help="steps between rows of log.csv, and between checks for NaN and for signals")
-    p.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast; weights are float32")
+    p.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast (weights are float32); default: bf16 where the device has it")
     p.add_argument("--compile", action="store_true", default=False, help="torch.compile the denoiser, the tokenizer's encoder and the visual tower")
     p.add_argument("--shard", action="store_true", default=False, help="shard weights, gradients and optimizer state over the ranks (FSDP2), not DDP")
     p.add_argument("--grad-checkpoint", action="store_true", default=False, help="recompute the blocks in the backward pass")
@@ -132,7 +139,8 @@ def parse_args(argv=None):
     for key, value in preset.items():
         if key != "stages" and not hasattr(args, key):
             setattr(args, key, value[args.denoiser] if key == "width" else value)
-    args.stage = args.stage if args.stage in ("e2e", "all") else int(args.stage)
+    args.stage = 1 if (args.preset, args.stage) == ("bench", "all") else args.stage if args.stage in ("e2e", "all") else int(args.stage)
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32")
     args.out = args.out or f"runs/{args.preset}-{args.denoiser}"
     if args.mask_ratio[0] > args.mask_ratio[1]:
         raise UserError(f"--mask-ratio {args.mask_ratio[0]} {args.mask_ratio[1]}: the low end comes first")
@@ -189,10 +197,16 @@ def check(args):
         faults.append(UserError(f"no file at {args.init}, which --init names"))
     other = {"e2e": ("stage1", "stage2")}.get(args.stage, ("e2e",))
     faults += [UserError(f"--out {args.out} holds another run ({name}): choose another folder") for name in other if os.path.isdir(os.path.join(args.out, name))]
+    if not faults:  # last, since it may download: once for the machine, before the other processes want it
+        loaded = attempt(load_clip, args.backbone, args.clip_weights)
+        if loaded and args.stage == "all":
+            attempt(loaded[2], ["a photo"])  # SigLIP's tokenizer may be missing
     return faults
 
 
 def load_tokenizer(args):
+    if args.preset == "bench":  # random weights, as the table says
+        return (AutoEncoder(AutoEncoderConfig()) if args.denoiser == "rf" else VQGAN(VQGANConfig())).eval().requires_grad_(False)
     return load_vae(args.vae) if args.denoiser == "rf" else load_vqgan(args.vqgan)
 
 
@@ -333,14 +347,14 @@ class Images(Dataset):
         seed_draws(*draw, 0)
         images, bad = [], []
         for index in indices:
-            for attempt in range(len(self)):
-                image, name = self.load((index + attempt) % len(self))
+            for candidate in range(index, index + 1000):
+                image, name = self.load(candidate % len(self))
                 if image is not None:
                     images.append(image)
                     break
                 bad.append(name)
-                if len(bad) > 100 + len(indices):
-                    raise UserError(f"data: {len(bad)} images in a row cannot be decoded, the last {name}")
+            else:
+                raise UserError(f"data: 1000 images in a row cannot be decoded, the last {name}")
         return torch.stack(images), bad
 
 
@@ -395,6 +409,17 @@ def write_weights(tensors, path):
     os.replace(f"{path}.part", path)
 
 
+@contextlib.contextmanager
+def writing(path, s):
+    """Turn a failure to write, a full disk above all, into a Halt that says what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # of open, torch.save and safetensors
+        shutil.rmtree(f"{path}.part", ignore_errors=True)
+        raise Halt(f"{path} could not be written ({str(error).splitlines()[0]}); the newest checkpoint is {(checkpoints(s.folder) or ['none'])[-1]}: "
+                   "make room and run the same command again") from None
+
+
 def checkpoints(folder):
     """The checkpoints under a stage's folder, oldest first."""
     return sorted(path for path in glob.glob(os.path.join(glob.escape(folder), "step-*")) if not path.endswith(".part"))
@@ -407,7 +432,7 @@ def save_checkpoint(s, step, model, optimizer, bad):
         return
     path = os.path.join(s.folder, f"step-{step:08}")
     part = f"{path}.part"
-    try:
+    with writing(path, s):
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
         save_file({name: tensor.contiguous() for name, tensor in sorted(weights.items())}, os.path.join(part, "model.safetensors"))
@@ -419,10 +444,6 @@ def save_checkpoint(s, step, model, optimizer, bad):
                 os.fsync(file.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        last = (checkpoints(s.folder) or ["none"])[-1]
-        raise Halt(f"checkpoint {path} could not be written ({error.strerror or error}); the last complete one is {last}: mend it and run the same command again") from None
     for old in checkpoints(s.folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -457,8 +478,8 @@ def say(message):
 
 def build_model(s, device):
     """The GenHancer of a stage, ready to train: pretrained CLIP and tokenizer, fresh denoiser and projectors or those to start from."""
-    clip, _, _ = load_clip(s.backbone, s.clip_weights)
-    tokenizer = load_tokenizer(s).to(device, memory_format=torch.channels_last)
+    clip, _, _ = load_clip(s.backbone, "random" if s.preset == "bench" else s.clip_weights)
+    tokenizer = load_tokenizer(s).to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)  # slower on CPU
     visual = clip.visual.to(device)
     torch.manual_seed(s.seed)
     with torch.device(device):
@@ -470,7 +491,7 @@ def build_model(s, device):
                                                  num_heads=s.width // 64, layers=s.layers), tokenizer.quantize.embedding.weight)
         model = GenHancer(visual, tokenizer, denoiser, s.timesteps, s.scale, s.mask_ratio, s.local_ratio)
     trained = torch.nn.ModuleDict({"denoiser": model.denoiser, "projectors": model.projectors})
-    if s.stage == 2:
+    if s.stage == 2 and s.preset != "bench":
         start = s.init or os.path.join(s.out, "stage1", "last.safetensors")
         load_strictly(trained, read_weights(start, "stage 1's weights")[0], start, "stage 1's weights for these settings")
     elif s.init:
@@ -478,6 +499,9 @@ def build_model(s, device):
     if s.grad_checkpoint:
         denoiser.grad_checkpointing = True
         visual.set_grad_checkpointing(True)
+    if s.compile:
+        for part in (denoiser, visual, tokenizer.encoder):
+            part.compile()
     return model.to(device).set_stage(s.stage, lora=not s.no_lora, freeze_denoiser=s.freeze_denoiser)
 
 
@@ -506,7 +530,7 @@ def synchronized(model, last):
 
 class Log:
     """A rank's losses, summed on the device; `flush` gathers all ranks' into a row of log.csv, and is the loop's only host synchronisation."""
-    BINS = 10  # of t, or of the mask ratio
+    BINS, WINDOW = 10, 1000  # of t, or of the mask ratio; images over which undecodable ones are judged
 
     def __init__(self, s, device, start, bad):
         self.s, self.bad, self.new_bad, self.seen, self.window, self.wait = s, bad, 0, 0, np.zeros(2), 0.0
@@ -550,7 +574,7 @@ class Log:
             raise Halt(f"the loss of rank {rank} is not finite at step {int(fault[rank]) + 1} (the last finite one was {finite[rank]:.4f}); "
                        f"the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: lower --lr, or try --precision fp32")
         self.bad, self.window = self.bad + int(bad.sum()), self.window + (float(bad.sum()), float(seen.sum()))
-        if self.window[1] >= 1000:
+        if self.window[1] >= self.WINDOW:
             if self.window[0] > 0.1 * self.window[1]:
                 raise Halt("{:.0f} of {:.0f} images cannot be decoded: mend the data, or leave that part out".format(*self.window))
             self.window[:] = 0
@@ -583,7 +607,7 @@ def look(s, step, model, core, images):
     seed_draws(s.seed, step, 3)
     batch = images[:8].to(core.mean.device).float() / 255
     with autocast(s, core.mean.device):
-        columns = [batch, model.reconstruct(batch) if s.shard else core.reconstruct(batch)]
+        columns = [batch, core.reconstruct(batch)]
         if s.denoiser == "perceiver":
             columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
     core.train()
@@ -632,77 +656,159 @@ def check_settings(s, data):
         write_json(path, settings)
 
 
-def train_stage(s, device):
-    """One stage from its settings to its results; goes on from its newest checkpoint."""
-    result = os.path.join(s.folder, "last.safetensors") if s.stage == 1 else os.path.join(s.out, "clip.safetensors")
-    os.makedirs(s.folder, exist_ok=True)
-    side = backbone_side(s)
-    data = Images(s.data, side, os.path.join(s.out, "index"))
-    if not hasattr(s, "steps"):
-        s.steps = math.ceil(s.epochs * len(data) / (s.batch_size * s.accum * WORLD))
-    check_settings(s, data)
-    if os.path.isfile(result):
-        return say(f"stage {s.stage} is finished: {result}")
-    heldout = Images(s.val or s.data, side, os.path.join(s.out, "index"), augment=False)
-    heldout = torch.stack([image for image, _ in map(heldout.load, range(min(len(heldout), 512 if s.val else 8))) if image is not None])
-
-    core = build_model(s, device)
-    model = distribute(core, s, device)
-    groups = [([p for p in part if p.requires_grad], lr) for part, lr in (([*core.denoiser.parameters(), *core.projectors.parameters()], s.lr),
-                                                                          (core.visual.parameters(), s.lr_clip))]
-    trainable = [p for parameters, _ in groups for p in parameters]
-    optimizer = torch.optim.AdamW([{"params": parameters, "lr": lr, "initial_lr": lr} for parameters, lr in groups if parameters],
-                                  betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True)
-    start, bad = load_checkpoint(s, model, optimizer)
-    images_per_step = s.batch_size * s.accum * WORLD
-    say(f"stage {s.stage}: {sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in core.parameters()):,} parameters train; "
-        f"{len(data):,} images; {s.steps:,} steps of {images_per_step} images ({WORLD} processes x {s.batch_size} x accumulation {s.accum})")
-    batches = iter(DataLoader(data, batch_size=None, sampler=batch_keys(len(data), s, start), num_workers=s.workers,
-                              pin_memory=device.type == "cuda"))
-    log = Log(s, device, start, bad)
+def training(s, device, model, core, optimizer, data, start, log):
+    """The loop of every stage: yields (steps done, gradient norm) after each step of the optimizer."""
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    batches = iter(DataLoader(data, batch_size=None, sampler=batch_keys(len(data), s, start), num_workers=s.workers, pin_memory=device.type == "cuda"))
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * min(1, (step + 1) / max(1, s.warmup))
+            group["lr"] = group["initial_lr"] * min(1, (step + 1) / max(1, s.warmup))          # warm-up, then constant
         for micro in range(s.accum):
             waited = time.perf_counter()
             images, undecodable = next(batches)
             log.wait += time.perf_counter() - waited
-            images = images.to(device, non_blocking=True).float() / 255                        # (B, 3, H, W)
+            images = images.to(device, non_blocking=True).float() / 255                        # (B, 3, H, W) in [0, 1]
             seed_draws(s.seed, step, micro * WORLD + RANK, 1)
             with synchronized(model, micro == s.accum - 1), autocast(s, device):
-                loss = model(images)                                                           # Eq. 3 or 4
+                loss = model(images)                                                           # Eq. 3 or 4: GenHancer.forward
                 (loss / s.accum).backward()
             log.add(step, core.losses, core.levels, undecodable)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        done = step + 1
-        logging, looking, saving = (done % every == 0 or done == s.steps for every in (s.log_every, s.sample_every, s.save_every))
+        yield step + 1, grad_norm
+
+
+def make_optimizer(s, core):
+    """AdamW over what set_stage left trainable: denoiser and projectors at --lr, the visual tower at --lr-clip."""
+    parts = ([*core.denoiser.parameters(), *core.projectors.parameters()], s.lr), (core.visual.parameters(), s.lr_clip)
+    groups = [{"params": [p for p in parameters if p.requires_grad], "lr": lr, "initial_lr": lr} for parameters, lr in parts]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay, fused=True)
+
+
+def train_stage(s, device):
+    """One stage, from its settings to its results; goes on from its newest checkpoint."""
+    result = os.path.join(s.folder, "last.safetensors") if s.stage == 1 else os.path.join(s.out, "clip.safetensors")
+    os.makedirs(s.folder, exist_ok=True)
+    side, spare = backbone_side(s), os.path.join(s.out, "index")
+    data = Images(s.data, side, spare)
+    images_per_step = s.batch_size * s.accum * WORLD
+    if not hasattr(s, "steps"):
+        s.steps = math.ceil(s.epochs * len(data) / images_per_step)
+    check_settings(s, data)
+    if os.path.isfile(result):
+        return say(f"stage {s.stage} is finished: {result}")
+    heldout = Images(s.val or s.data, side, spare, augment=False)
+    heldout = torch.stack([image for image, _ in map(heldout.load, range(min(len(heldout), 512 if s.val else 8))) if image is not None])
+
+    core = build_model(s, device)
+    model = distribute(core, s, device)
+    optimizer = make_optimizer(s, core)
+    start, bad = load_checkpoint(s, model, optimizer)
+    say(f"stage {s.stage}: {sum(p.numel() for p in core.parameters() if p.requires_grad):,} of {sum(p.numel() for p in core.parameters()):,} parameters "
+        f"train; {len(data):,} images; {s.steps:,} steps of {images_per_step} images ({WORLD} processes x {s.batch_size} x accumulation {s.accum})")
+    log = Log(s, device, start, bad)
+    for step, grad_norm in training(s, device, model, core, optimizer, data, start, log):
+        logging, looking, saving = (step % every == 0 or step == s.steps for every in (s.log_every, s.sample_every, s.save_every))
         if logging or looking or saving:
-            seen = look(s, done, model, core, heldout) if looking else ("", "")
-            stop = log.flush(done, done * images_per_step / len(data), float(grad_norm), optimizer.param_groups[0]["lr"], seen)
+            seen = look(s, step, model, core, heldout) if looking else ("", "")
+            stop = log.flush(step, step * images_per_step / len(data), float(grad_norm), optimizer.param_groups[0]["lr"], seen)
             if saving or stop:
-                save_checkpoint(s, done, model, optimizer, log.bad)
+                save_checkpoint(s, step, model, optimizer, log.bad)
             if stop:
-                raise Halt(f"stopped by {signal.Signals(stop).name} after step {done}, which is saved: the same command goes on", 128 + stop)
+                raise Halt(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: the same command goes on", 128 + stop)
     log.bar.close()
     weights = get_model_state_dict(model, options=FULL)
     if RANK == 0:
-        write_weights(weights, result) if s.stage == 1 else export_clip(s, weights)
+        with writing(result, s):
+            write_weights(weights, result) if s.stage == 1 else export_clip(s, weights)
         say(f"stage {s.stage} done: {result}" + (f"; {log.bad} images could not be decoded" if log.bad else ""))
     barrier()
 
 
-def evaluate(args, device):
+class RandomImages(Dataset):
+    """Endless noise in place of Images, for the bench."""
+
+    def __init__(self, batch_size, side):
+        self.batch = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8)
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, key):
+        return self.batch, []
+
+
+def bench(s, device):
+    """Time the training loop at full size with random weights and images (Table 7), and print where the time goes. Nothing is written."""
+    gpu, peak = device.type == "cuda", 0.0
+    if not gpu:
+        vars(s).update(BENCH_CPU)
+    say(f"bench: {'full size' if gpu else 'REDUCED size (no GPU here)'}, RANDOM weights and images: it measures speed and memory, and learns nothing")
+    core = build_model(s, device)
+    model, data, warm = distribute(core, s, device), RandomImages(s.batch_size, image_side(core.visual)), 10 if gpu else 2
+    optimizer, marks, log = make_optimizer(s, core), [], argparse.Namespace(wait=0.0, add=lambda *_: None)
+
+    def now():
+        if not gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(a, b):
+        return a.elapsed_time(b) / 1e3 if gpu else b - a
+
+    def time_of(function, repeats=5):
+        times = [(now(), function(), now()) for _ in range(repeats + 1)][1:]
+        torch.cuda.synchronize() if gpu else None
+        return float(np.median([seconds(a, b) for a, _, b in times]))
+
+    for step, _ in training(s, device, model, core, optimizer, data, 0, log):
+        if step == warm:
+            log.wait, peak = 0.0, torch.cuda.reset_peak_memory_stats() if gpu else None
+        marks.append(now())
+    torch.cuda.synchronize() if gpu else None
+    peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    steps = np.array([seconds(a, b) for a, b in zip(marks[warm - 1:], marks[warm:])])
+    images = data.batch.to(device).float() / 255
+    with autocast(s, device):
+        with FlopCounterMode(display=False) as counter:
+            model(images).backward()
+        normed = (images - core.mean) / core.std
+        with torch.set_grad_enabled(core.tune_clip):
+            clip = time_of(lambda: core.visual(normed) is None)
+        with torch.no_grad():
+            tokenizer = time_of(lambda: core.tokenizer.encode(2 * images - 1))
+        forward = time_of(lambda: model(images) is None)
+        both = time_of(lambda: model(images).backward())
+    parts = {"data": log.wait / len(steps), "tokenizer": s.accum * tokenizer, "CLIP forward": s.accum * clip, "denoiser forward": s.accum * (forward - tokenizer - clip),
+             "backward": s.accum * (both - forward), "optimizer": time_of(optimizer.step)}
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    ceiling = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None) if s.precision == "bf16" else None
+    rate = s.accum * counter.get_total_flops() / np.median(steps) / 1e12
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    for label, value in (
+            ("device", f"{name} x {WORLD}"), ("stage, denoiser, backbone", f"{s.stage}, {s.denoiser}, {s.backbone}"),
+            ("parameters", f"denoiser {count(core.denoiser):,}, visual tower {count(core.visual):,}"),
+            ("batch", f"{s.batch_size} images x accumulation {s.accum} x {WORLD}, {s.precision}"),
+            ("s / 100 iterations", f"{100 * np.median(steps):.2f} (quartiles {100 * np.quantile(steps, .25):.2f}, {100 * np.quantile(steps, .75):.2f}; {len(steps)} timed)"),
+            ("images / s", f"{s.batch_size * s.accum * WORLD / np.median(steps):.1f}"),
+            ("peak memory", f"{peak:.2f} GB {'of a GPU' if gpu else 'of the process'}"),
+            ("model TFLOP/s", f"{rate:.2f} per device; MFU " + (f"{100 * rate / ceiling:.1f} % of {ceiling}" if ceiling else "unknown: no peak on record for this device")),
+            ("share of time, each alone", ", ".join(f"{part} {100 * value / sum(parts.values()):.0f} %" for part, value in parts.items()))):
+        say(f"{label:28}{value}")
+
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16, by the vendor's datasheets
+
+
+def compare(args, device):
     """The benchmark and the retention tasks before and after, into result.json and onto the screen."""
     result = {}
     for name, weights in (("before", args.clip_weights), ("after", os.path.join(args.out, "clip.safetensors"))):
         clip, preprocess, tokenizer = load_clip(args.backbone, weights)
-        clip.to(device)
-        mmvp = evaluate_mmvp(clip, preprocess, tokenizer, args.benchmark)
-        result[name] = {**mmvp, "zeroshot": {}}
-        for task in args.zeroshot:
-            result[name]["zeroshot"] |= evaluate_zeroshot(clip, preprocess, tokenizer, *task.partition(":")[::2])
+        result[name] = evaluate(clip.to(device), preprocess, tokenizer, args.benchmark, [task.partition(":")[::2] for task in args.zeroshot])
     print_table(result["before"], result["after"])
     for part in result.values():
         del part["pairs"]
@@ -710,15 +816,14 @@ def evaluate(args, device):
 
 
 def run(args):
-    if LOCAL_RANK == 0:
+    if LOCAL_RANK == 0 and args.preset != "bench":
         if args.preset == "toy":
             from toy.make_toy import draw_world
             draw_world(os.path.join(TOY, "data"))
-        faults = check(args)
-        if faults:
-            raise UserError("\n".join(map(str, faults)))
+        if faults := check(args):
+            sys.exit(print(*(f"train.py: {fault}" for fault in faults), sep="\n", file=sys.stderr) or 2)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # where float32 remains
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"  # where float32 remains
     if "RANK" in os.environ:  # torchrun
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -727,20 +832,28 @@ def run(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: STOP.append(number))
     for stage in [1, 2] if args.stage == "all" else [args.stage]:
-        train_stage(stage_settings(args, stage), device)
+        (bench if args.preset == "bench" else train_stage)(stage_settings(args, stage), device)
     if dist.is_initialized():
         dist.destroy_process_group()
     if args.stage == "all" and RANK == 0:
-        evaluate(args, device)
+        compare(args, device)
+
+
+def keep_memory():
+    """Have glibc keep freed blocks: returning them to the system at each step costs a CPU a fifth of its time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        for option, size in ((-3, 1 << 28), (-1, 1 << 28), (-2, 1 << 26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            ctypes.CDLL(None).mallopt(option, size)
 
 
 def main(argv=None):
+    keep_memory()
     try:
         run(parse_args(argv))
     except UserError as error:
         if LOCAL_RANK:
             time.sleep(60)  # local rank 0 says it; torchrun ends this process then
-        sys.exit(print(*(f"train.py: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr) or 2)
+        sys.exit(print(f"train.py: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)  # from a worker it is a whole traceback
     except Halt as halt:
         if RANK:
             time.sleep(5)
