@@ -1,6 +1,6 @@
 """The toy world, and the three small pretrained models that look at it.
 
-    python toy/make_toy.py                                            # draw the world into toy/world (about 20 s; drawn once)
+    python toy/make_toy.py                                            # draw the world into toy/data (about 20 s; drawn once)
     python toy/make_toy.py clip --seed 0 --out toy                    # toy/clip.safetensors
     python toy/make_toy.py clip --seed 0 --regime full --out elsewhere # the negative regime: attributes in every caption
     python toy/make_toy.py vae --out toy                              # toy/vae.safetensors
@@ -21,10 +21,10 @@ import sys
 import tarfile
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ PLACES = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1),
 # MMVP's pattern: (attribute, its values, how a caption says it; {} is the value, * the category)
 PATTERNS = {
     "Orientation and Direction": ("orientation", tuple(SIDES), "* pointing {}"),
-    "Presence of Specific Features": ("presence", ("sunny", "sunless"), "{} *"),
+    "Presence of Specific Features": ("presence", ("under a sun", "under an empty sky"), "* {}"),
     "State and Condition": ("state", ("filled", "hollow"), "{} *"),
     "Quantity and Count": ("count", ("one block", "two blocks", "three blocks", "four blocks"), "* above {}"),
     "Positional and Relational Context": ("position", tuple(PLACES), "* in the {}"),
@@ -109,7 +109,7 @@ def draw(scene, rng):
     image = Image.new("RGB", (SIZE * ZOOM, SIZE * ZOOM), tuple(background.astype(int).tolist()))
     pen = ImageDraw.Draw(image)
 
-    if scene["presence"] == "sunny":
+    if scene["presence"] == "under a sun":
         (x, y), gold = place(34, 6), shade((250, 180, 10))
         for dx, dy in RAYS:
             pen.line((x, y, x + 20 * dx, y + 20 * dy), gold, 5)
@@ -258,7 +258,9 @@ def fit(parameters, loss_of_step, steps, lr, weight_decay=0.0):
 def save(module, path, metadata=None):
     """float16 safetensors, moved into place when complete. Its bytes depend on the weights alone."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in module.state_dict().items()}, f"{path}.tmp", metadata)
+    tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(safetensors.torch.save(tensors, metadata))
     os.replace(f"{path}.tmp", path)
     print(f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB")
 
@@ -267,6 +269,14 @@ def caption(scene, chance, rng):
     """A caption that names the category, and each attribute with probability `chance`, in random order."""
     named = [attribute for attribute in rng.permutation(list(VALUES)) if rng.uniform() < chance]
     return "a photo of " + describe(scene["category"], *((a, scene[a]) for a in named)) + ("" if named else ".")
+
+
+def crop(images):
+    """Each image (B, 3, SIZE, SIZE) in [0, 1] cropped to 90 to 100 % of either axis' area, as train.py will show them, and resized back."""
+    scale = torch.empty(len(images), 2).uniform_(0.9, 1).sqrt()
+    shift = (1 - scale) * (2 * torch.rand(len(images), 2) - 1)
+    grid = F.affine_grid(torch.cat([torch.diag_embed(scale), shift[..., None]], dim=2), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def train_clip(out, seed, steps, regime):
@@ -282,14 +292,14 @@ def train_clip(out, seed, steps, regime):
     texts = tokenizer([caption(scene, 0.2 if i < rich else 0.0, rng) for i, scene in enumerate(scenes)])
 
     def loss(step):
-        pick = torch.cat((torch.randint(rich, (80,)), torch.randint(len(images), (80,))))  # half of each batch from the rich
+        pick = torch.cat((torch.randint(rich, (120,)), torch.randint(len(images), (80,))))  # more than half of each batch from the rich
         distinct, which = texts[pick].unique(dim=0, return_inverse=True)  # "a photo of a star." is encoded once
-        image = clip.encode_image((images[pick] / 255 - mean) / std, normalize=True)
+        image = clip.encode_image((crop(images[pick] / 255) - mean) / std, normalize=True)
         text = clip.encode_text(distinct, normalize=True)[which]
         logits, target = (clip.logit_scale.exp() * image @ text.T).float(), torch.arange(len(pick))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit(clip.parameters(), loss, steps, lr=3e-3, weight_decay=0.05)
+    fit(clip.parameters(), loss, steps, lr=2e-3, weight_decay=0.05)
     unused = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
     unused[texts.unique()] = False
     clip.token_embedding.weight.data[unused] = 0  # words that no caption has: zeros compress
@@ -312,6 +322,10 @@ def psnr(images, reconstruct):
     return -10 * math.log10(torch.stack(error).mean())
 
 
+def distance(reconstruction, images):
+    return F.mse_loss(reconstruction.float(), images) + 0.2 * F.l1_loss(reconstruction.float(), images)
+
+
 def train_vae(out, steps):
     """Factor 4, 4 channels: latents (4, 10, 10). The KL term only keeps the latents' scale in bounds."""
     train, held_out = unlabelled()
@@ -322,7 +336,7 @@ def train_vae(out, steps):
         mean, logvar = (m.float() for m in vae.moments(x))
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        return F.mse_loss(vae.decoder(z).float(), x) + 1e-4 * kl
+        return distance(vae.decoder(z), x) + 1e-4 * kl
 
     fit(vae.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
@@ -331,8 +345,8 @@ def train_vae(out, steps):
     save(vae, os.path.join(out, "vae.safetensors"), {"scale_factor": f"{1 / z.std():.4f}", "shift_factor": f"{z.mean():.4f}"})
 
 
-def train_vqgan(out, steps, size=512, warm=0.25):
-    """Factor 8: 5 x 5 codes of 512. Reconstruction, codebook and commitment losses; no discriminator."""
+def train_vqgan(out, steps, size=1024, warm=0.15):
+    """Factor 8: 5 x 5 codes of 1024. Reconstruction, codebook and commitment losses; no discriminator."""
     train, held_out = unlabelled()
     vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), z_channels=64, n_embed=size, embed_dim=8))
     codebook, uses = vqgan.quantize.embedding.weight, torch.zeros(size)
@@ -343,7 +357,7 @@ def train_vqgan(out, steps, size=512, warm=0.25):
         z = vqgan.pre_quantize(x).float()  # (B, embed_dim, h, w)
         extra, codes = 0, z
         if step >= first:
-            if (step - first) % 50 == 0:  # re-seed the codes that the last 50 batches did not use
+            if (step - first) % 50 == 0 and step < 0.8 * steps:  # re-seed the codes that the last 50 batches did not use
                 vectors, dead = z.detach().transpose(0, 1).flatten(1).T, (uses == 0).nonzero()[:, 0]
                 codebook.data[dead] = vectors[torch.randperm(len(vectors))[:len(dead)]]
                 uses.zero_()
@@ -352,7 +366,7 @@ def train_vqgan(out, steps, size=512, warm=0.25):
             codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)
             extra = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
             codes = z + (codes - z).detach()  # straight through: the gradient skips the choice
-        return F.mse_loss(vqgan.decoder(vqgan.post_quant_conv(codes)).float(), x) + extra
+        return distance(vqgan.decoder(vqgan.post_quant_conv(codes)), x) + extra
 
     fit(vqgan.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
@@ -364,14 +378,14 @@ def train_vqgan(out, steps, size=512, warm=0.25):
 def main():
     parser = argparse.ArgumentParser(description="Draw the toy world, or train one of its pretrained models.")
     parser.add_argument("what", nargs="?", default="world", choices=("world", "clip", "vae", "vqgan"))
-    parser.add_argument("--out", help="the folder of the world (toy/world), or of the weights (toy)")
+    parser.add_argument("--out", help="the folder of the world (toy/data), or of the weights (toy)")
     parser.add_argument("--seed", type=int, default=0, help="of a training; the world's seeds are fixed")
     parser.add_argument("--steps", type=int, help="of a training")
     parser.add_argument("--regime", default="weak", choices=("weak", "full"), help="clip: attributes in 1,500 captions, or in all 24,000")
     parser.error = lambda message: sys.exit(print(f"make_toy.py: {message}", file=sys.stderr) or 2)  # one line, no usage
     args = parser.parse_args()
     if args.what == "world":
-        return draw_world(args.out or os.path.join(HERE, "world"))
+        return draw_world(args.out or os.path.join(HERE, "data"))
     if sys.platform == "linux":  # glibc hands large blocks back at once, and every step faults them in again: keep them
         libc = ctypes.CDLL(None)
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -381,9 +395,9 @@ def main():
     if args.what == "clip":
         train_clip(out, args.seed, args.steps or 1000, args.regime)
     elif args.what == "vae":
-        train_vae(out, args.steps or 1000)
+        train_vae(out, args.steps or 2000)
     else:
-        train_vqgan(out, args.steps or 1200)
+        train_vqgan(out, args.steps or 2000)
 
 
 if __name__ == "__main__":
