@@ -58,17 +58,17 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 PRESETS = {
     "paper": dict(  # Sec. 5.1 and App. B; where the paper is silent, the official code
         backbone="openai-l14-224", vae="weights/ae.safetensors", vqgan="weights/vqgan_imagenet_f16_16384.safetensors", data=["data/cc3m"],
-        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, depth=[2, 4], layers=6,
+        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, depth=[2, 4], adaln_zero=False, layers=6,
         stages={1: dict(epochs=1, batch_size=16, lr=1e-4), 2: dict(epochs=1, batch_size=16, lr=1e-5),
                 "e2e": dict(epochs=2, batch_size=16, lr=1e-4, lr_clip=1e-5)},
         accum=2, precision=None, workers=8, save_every=1000, sample_every=1000, log_every=50),
     "toy": dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
-        width={"rf": 128, "perceiver": 128}, depth=[1, 2], layers=4,
+        width={"rf": 128, "perceiver": 128}, depth=[1, 2], adaln_zero=True, layers=4,
         stages={1: dict(steps=700, batch_size=64, lr=1e-3), 2: dict(steps=400, batch_size=64, lr=2e-4),
                 "e2e": dict(steps=1100, batch_size=64, lr=1e-3, lr_clip=2e-4)},
-        accum=1, precision=None, workers=0, save_every=200, sample_every=200, log_every=10),
+        accum=1, precision=None, workers=0, save_every=200, sample_every=1000, log_every=10),
 }
 PRESETS["bench"] = {**PRESETS["paper"], "accum": 1, "data": [], "stages": {  # full size; BENCH_CPU where there is no GPU
     stage: {**values, "steps": 110} for stage, values in PRESETS["paper"]["stages"].items()}}
@@ -128,6 +128,7 @@ def parse_args(argv=None):
     p.add_argument("--width", type=positive, help="the denoiser's hidden size (rf: a multiple of 128; perceiver: of 64)")
     p.add_argument("--depth", type=count, nargs=2, metavar=("MM", "SINGLE"), help="rf's blocks (Table 5)")
     p.add_argument("--layers", type=positive, help="perceiver's layers (Table 5)")
+    p.add_argument("--adaln-zero", action=argparse.BooleanOptionalAction, help="rf: start from identity blocks (DiT), not from PyTorch's defaults")
     p.add_argument("--timesteps", choices=["logit-normal", "uniform"], default="logit-normal", help="rf's distribution of t (Table 4)")
     p.add_argument("--scale", type=rate, default=1.0, help="s of the scaled logit-normal (Eq. 6, Table 4)")
     p.add_argument("--mask-ratio", type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"), default=[0.5, 0.9], help="perceiver's (Table 8)")
@@ -486,6 +487,8 @@ def build_model(s, device):
         if s.denoiser == "rf":
             denoiser = Flux(FluxConfig(in_channels=4 * tokenizer.config.z_channels, hidden_size=s.width, num_heads=s.width // 128,
                                        depth=s.depth[0], depth_single_blocks=s.depth[1]))
+            if s.adaln_zero:
+                denoiser.zero_modulation()
         else:
             denoiser = Perceiver(PerceiverConfig(n_embed=tokenizer.config.n_embed, embed_dim=tokenizer.config.embed_dim, width=s.width,
                                                  num_heads=s.width // 64, layers=s.layers), tokenizer.quantize.embedding.weight)
