@@ -65,9 +65,9 @@ PRESETS = {
     "toy": dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
-        width={"rf": 128, "perceiver": 128}, depth=[1, 2], adaln_zero=True, layers=4,
-        stages={1: dict(steps=700, batch_size=64, lr=1e-3), 2: dict(steps=400, batch_size=64, lr=2e-4),
-                "e2e": dict(steps=1100, batch_size=64, lr=1e-3, lr_clip=2e-4)},
+        width={"rf": 128, "perceiver": 128}, depth=[1, 2], adaln_zero=False, layers=4,
+        stages={1: dict(steps=700, batch_size=64, lr=2e-3), 2: dict(steps=400, batch_size=64, lr=1e-3, lr_clip=2e-4),
+                "e2e": dict(steps=1100, batch_size=64, lr=2e-3, lr_clip=2e-4)},
         accum=1, precision=None, workers=0, save_every=200, sample_every=1000, log_every=10),
 }
 PRESETS["bench"] = {**PRESETS["paper"], "accum": 1, "data": [], "stages": {  # full size; BENCH_CPU where there is no GPU
