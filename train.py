@@ -66,8 +66,8 @@ PRESETS = {
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
         width={"rf": 128, "perceiver": 128}, depth=[1, 2], adaln_zero=False, layers=4,
-        stages={1: dict(steps=700, batch_size=64, lr=2e-3), 2: dict(steps=400, batch_size=64, lr=1e-3, lr_clip=2e-4),
-                "e2e": dict(steps=1100, batch_size=64, lr=2e-3, lr_clip=2e-4)},
+        stages={1: dict(steps=850, batch_size=64, lr=2e-3), 2: dict(steps=340, batch_size=64, lr=1e-3, lr_clip=2e-4),
+                "e2e": dict(steps=1190, batch_size=64, lr=2e-3, lr_clip=2e-4)},
         accum=1, precision=None, workers=0, save_every=200, sample_every=1000, log_every=10),
 }
 PRESETS["bench"] = {**PRESETS["paper"], "accum": 1, "data": [], "stages": {  # full size; BENCH_CPU where there is no GPU
@@ -640,13 +640,15 @@ def export_clip(s, weights):
 
 
 RUNTIME = {"stage", "out", "folder", "data", "val", "benchmark", "zeroshot", "epochs", "accum", "workers", "save_every", "sample_every", "log_every",
-           "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan"}  # what may differ when a run goes on
+           "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan", "init"}  # what may differ, or move, when a run goes on
 
 
 def check_settings(s, data):
     """A stage's folder holds one run: refuse, key by key, to go on with other settings than those it was begun with."""
     settings = {key: value for key, value in sorted(vars(s).items()) if key not in RUNTIME}
     settings |= {"micro-batches of a step (processes x --accum)": s.accum * WORLD, "data": data.fingerprint()}
+    files = {"clip_weights": s.clip_weights, "vae" if s.denoiser == "rf" else "vqgan": s.vae if s.denoiser == "rf" else s.vqgan, "init": s.init}
+    settings |= {key: f"{os.path.basename(path)}, {os.path.getsize(path)} bytes" for key, path in files.items() if path}
     path = os.path.join(s.folder, "settings.json")
     barrier()
     if os.path.isfile(path):
