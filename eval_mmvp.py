@@ -1,6 +1,6 @@
 """MMVP-VLM, the paper's measure of fine-grained vision (Table 1), and zero-shot retention (Table 3), each with its noise.
 
-    python eval_mmvp.py --preset toy --weights runs/toy-rf/stage2/clip.safetensors --baseline original --picture changed.png
+    python eval_mmvp.py --preset toy --weights runs/toy-rf/clip.safetensors --baseline original --picture changed.png
     python eval_mmvp.py --benchmark MMVP_VLM --weights clip.safetensors --baseline original --zeroshot imagenet:val coco:coco
 
 The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/MMVP), but for a pair's pattern, which is here
