@@ -746,7 +746,7 @@ class RandomImages(Dataset):
 
 def bench(s, device):
     """Time the training loop at full size with random weights and images (Table 7), and print where the time goes. Nothing is written."""
-    gpu, peak = device.type == "cuda", 0.0
+    gpu = device.type == "cuda"
     if not gpu:
         vars(s).update(BENCH_CPU)
     say(f"bench: {'full size' if gpu else 'REDUCED size (no GPU here)'}, RANDOM weights and images: it measures speed and memory, and learns nothing")
@@ -771,7 +771,9 @@ def bench(s, device):
 
     for step, _ in training(s, device, model, core, optimizer, data, 0, log):
         if step == warm:
-            log.wait, peak = 0.0, torch.cuda.reset_peak_memory_stats() if gpu else None
+            log.wait = 0.0
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
         marks.append(now())
     torch.cuda.synchronize() if gpu else None
     peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
