@@ -141,8 +141,11 @@ def parse_args(argv=None):
         if key != "stages" and not hasattr(args, key):
             setattr(args, key, value[args.denoiser] if key == "width" else value)
     args.stage = 1 if (args.preset, args.stage) == ("bench", "all") else args.stage if args.stage in ("e2e", "all") else int(args.stage)
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32")
+    args.precision = args.precision or ("bf16" if (
+        torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()) else "fp32")
     args.out = args.out or f"runs/{args.preset}-{args.denoiser}"
+    if args.shard and "RANK" not in os.environ:
+        raise UserError("--shard shares the model among processes: start it with torchrun")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         raise UserError(f"--mask-ratio {args.mask_ratio[0]} {args.mask_ratio[1]}: the low end comes first")
     if args.width % (128 if args.denoiser == "rf" else 64):
@@ -245,8 +248,10 @@ def find_images(paths):
     for path in shards:
         if not os.path.isfile(path):
             raise UserError(f"data not found at {path}: fetch CC3M with img2dataset (README) and name its folder or shards with --data")
-        if not tarfile.is_tarfile(path):
-            raise UserError(f"data: {path} is no tar file")
+        try:
+            tarfile.open(path, "r:").close()
+        except (tarfile.TarError, OSError):
+            raise UserError(f"data: {path} is no tar file, or is compressed, or cannot be read") from None
     return shards, images
 
 
@@ -567,6 +572,9 @@ class Log:
 
     def flush(self, step, epoch, grad_norm, lr, heldout=("", "")):
         """Write a row. Returns the signal that asks the run to stop, or 0; raises Halt, on all ranks, at a NaN or at too many bad images."""
+        if not math.isfinite(grad_norm):  # the same on all ranks
+            raise Halt(f"the gradient is not finite at step {step}; the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: "
+                       "lower --lr, or try --precision fp32, in another --out")
         own = torch.cat([self.sums.flatten(), self.sums.new_tensor([max(STOP, default=0), self.new_bad, self.seen]), self.fault[None], self.finite[None]])
         ranks = [torch.empty_like(own) for _ in range(WORLD)] if WORLD > 1 else [own]
         if WORLD > 1:
@@ -575,7 +583,7 @@ class Log:
         sums, (stop, bad, seen, fault, finite) = ranks[:, :-5].sum(0).view(2, self.BINS), ranks[:, -5:].T
         for rank in (fault >= 0).nonzero().flatten().tolist():
             raise Halt(f"the loss of rank {rank} is not finite at step {int(fault[rank]) + 1} (the last finite one was {finite[rank]:.4f}); "
-                       f"the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: lower --lr, or try --precision fp32")
+                       f"the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: lower --lr, or try --precision fp32, in another --out")
         self.bad, self.window = self.bad + int(bad.sum()), self.window + (float(bad.sum()), float(seen.sum()))
         if self.window[1] >= self.WINDOW:
             if self.window[0] > 0.1 * self.window[1]:
@@ -601,9 +609,9 @@ def look(s, step, model, core, images):
     """Held-out loss with the right and with shuffled [CLS] (("", "") without --val), and samples/STEP.png: original | reconstruction."""
     core.eval()
     losses = [0.0, 0.0]
-    for i, batch in enumerate(images.split(s.batch_size)):
-        batch = batch.to(core.mean.device).float() / 255
-        for j, source in enumerate((batch, batch.roll(1, 0))):
+    for i, (batch, other) in enumerate(zip(images.split(s.batch_size), images.roll(1, 0).split(s.batch_size))):
+        batch, other = (x.to(core.mean.device).float() / 255 for x in (batch, other))
+        for j, source in enumerate((batch, other)):
             seed_draws(s.seed, i, 2)  # the same t, noise and masks each time
             with autocast(s, core.mean.device):
                 losses[j] += model(batch, source).item() * len(batch) / len(images)
@@ -661,10 +669,17 @@ def check_settings(s, data):
         write_json(path, settings)
 
 
+def ignore_signals(worker):
+    """Torchrun signals the whole process group: the rank decides when its data workers end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training(s, device, model, core, optimizer, data, start, log):
     """The loop of every stage: yields (steps done, gradient norm) after each step of the optimizer."""
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    batches = iter(DataLoader(data, batch_size=None, sampler=batch_keys(len(data), s, start), num_workers=s.workers, pin_memory=device.type == "cuda"))
+    batches = iter(DataLoader(data, batch_size=None, sampler=batch_keys(len(data), s, start), num_workers=s.workers,
+                              pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (step + 1) / max(1, s.warmup))          # warm-up, then constant
@@ -704,7 +719,10 @@ def train_stage(s, device):
     if os.path.isfile(result):
         return say(f"stage {s.stage} is finished: {result}")
     heldout = Images(s.val or s.data, side, spare, augment=False)
-    heldout = torch.stack([image for image, _ in map(heldout.load, range(min(len(heldout), 512 if s.val else 8))) if image is not None])
+    heldout = [image for image, _ in map(heldout.load, range(min(len(heldout), 512 if s.val else 8))) if image is not None]
+    if not heldout:
+        raise UserError(f"none of the first images of {', '.join(s.val or s.data)} can be decoded")
+    heldout = torch.stack(heldout)
 
     core = build_model(s, device)
     model = distribute(core, s, device)
@@ -713,6 +731,7 @@ def train_stage(s, device):
     say(f"stage {s.stage}: {sum(p.numel() for p in core.parameters() if p.requires_grad):,} of {sum(p.numel() for p in core.parameters()):,} parameters "
         f"train; {len(data):,} images; {s.steps:,} steps of {images_per_step} images ({WORLD} processes x {s.batch_size} x accumulation {s.accum})")
     log = Log(s, device, start, bad)
+    handlers = {number: signal.signal(number, lambda number, _: STOP.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     for step, grad_norm in training(s, device, model, core, optimizer, data, start, log):
         logging, looking, saving = (step % every == 0 or step == s.steps for every in (s.log_every, s.sample_every, s.save_every))
         if logging or looking or saving:
@@ -721,8 +740,11 @@ def train_stage(s, device):
             if saving or stop:
                 save_checkpoint(s, step, model, optimizer, log.bad)
             if stop:
+                barrier()  # no rank leaves, and so has torchrun end the others, before the checkpoint is in place
                 raise Halt(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: the same command goes on", 128 + stop)
     log.bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     weights = get_model_state_dict(model, options=FULL)
     if RANK == 0:
         with writing(result, s):
@@ -783,6 +805,8 @@ def bench(s, device):
         with FlopCounterMode(display=False) as counter:
             model(images).backward()
         normed = (images - core.mean) / core.std
+        if s.shard:
+            core.unshard()  # its parts are timed outside its forward
         with torch.set_grad_enabled(core.tune_clip):
             clip = time_of(lambda: core.visual(normed) is None)
         with torch.no_grad():
@@ -834,10 +858,8 @@ def run(args):
     if "RANK" in os.environ:  # torchrun
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10),
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30),
                                 device_id=device if device.type == "cuda" else None)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: STOP.append(number))
     for stage in [1, 2] if args.stage == "all" else [args.stage]:
         (bench if args.preset == "bench" else train_stage)(stage_settings(args, stage), device)
     if dist.is_initialized():
