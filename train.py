@@ -510,6 +510,7 @@ def build_model(s, device):
     if s.compile:
         for part in (denoiser, visual, tokenizer.encoder):
             part.compile()
+    # set_stage freezes CLIP in stage 1 and puts LoRA on it in stage 2; a new backbone is a row of BACKBONES in genhancer.py
     return model.to(device).set_stage(s.stage, lora=not s.no_lora, freeze_denoiser=s.freeze_denoiser)
 
 
