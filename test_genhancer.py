@@ -618,7 +618,7 @@ def test_three_million_entries_are_small(monkeypatch):
 
 def arguments(world, out, *more):
     return [str(x) for x in ("--preset", "paper", "--backbone", "tiny-clip", "--clip-weights", world / "tiny-clip.safetensors", "--vae", world / "vae.safetensors",
-            "--vqgan", world / "vqgan.safetensors", "--data", world / "data", "--out", out, "--width", 128, "--depth", 1, 1, "--layers", 2, "--steps", 6, "--batch-size", 2,
+            "--vqgan", world / "vqgan.safetensors", "--data", world / "data", "--out", out, "--width", 128, "--condition", 48, 64, "--depth", 1, 1, "--layers", 2, "--steps", 6, "--batch-size", 2,
             "--accum", 2, "--workers", 0, "--precision", "fp32", "--save-every", 2, "--log-every", 1, "--sample-every", 3, *more)]
 
 
@@ -793,6 +793,42 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(world, tmp_pat
     assert [path.name for path in (tmp_path / "stage1").glob("step-*")] == ["step-00000004"]
 
 
+def test_a_gradient_that_is_not_finite_stops_too(world, tmp_path, monkeypatch, capsys):
+    clip_grad = torch.nn.utils.clip_grad_norm_
+    norms = iter([1.0, 1.0, 1.0, math.inf])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: clip_grad(*arguments) * next(norms))
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path, "--stage", 1))
+    assert stop.value.code == 1 and "gradient is not finite at step 4" in (said := capsys.readouterr().err) and "step-00000002" in said
+    assert [path.name for path in (tmp_path / "stage1").glob("step-*")] == ["step-00000002"]
+
+
+def test_a_torn_log_and_a_vanished_shard(world, tmp_path, capsys):
+    shutil.copytree(world / "data", tmp_path / "data")
+    moved = arguments(world, tmp_path / "out", "--stage", 1, "--data", tmp_path / "data")
+    train.main([*moved, "--save-every", "4"])
+    rewind(tmp_path / "out" / "stage1", 4)
+    os.remove(tmp_path / "out" / "stage1" / "last.safetensors")
+    log = tmp_path / "out" / "stage1" / "log.csv"
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:5]) + whole[5][:9])                           # the power went while step 5's row was written
+    load = train.Images.load
+
+    def vanish(self, index):
+        if not isinstance(self.transform, train.T.Compose):      # a training image, hence in the worker
+            shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        return load(self, index)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train.Images, "load", vanish)
+        train.main([*moved, "--workers", "1"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert stop.value.code == 2 and len(said) == 1 and "data: " in said[0] and "can no longer be read (No such file" in said[0]
+    shutil.copytree(world / "data", tmp_path / "data", dirs_exist_ok=True)
+    train.main(moved)
+    assert [int(row["step"]) for row in csv.DictReader(open(log, newline=""))] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path, monkeypatch, capsys):
     save = torch.save
 
@@ -821,7 +857,7 @@ def test_too_many_bad_images_stop_the_run(world, tmp_path, monkeypatch, capsys):
 
 
 def test_flux_weights_start_a_denoiser(world, tmp_path, capsys):
-    config = gh.FluxConfig(in_channels=16, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1)
+    config = gh.FluxConfig(in_channels=16, vec_in_dim=48, context_in_dim=64, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1)
     flux = fill(gh.Flux(config), 0.02)
     save_file(flux.state_dict(), tmp_path / "flux1-tiny.safetensors")
     args = train.parse_args(arguments(world, tmp_path / "out", "--stage", 1, "--init", tmp_path / "flux1-tiny.safetensors"))
@@ -851,7 +887,7 @@ def test_bench_announces_random_weights(world, monkeypatch, capsys):
     (["--init", "nowhere", "--stage", "1"], "no file at nowhere"), (["--init", "WORLD/vae.safetensors", "--stage", "1"], "FLUX's weights .*missing"),
     (["--init", "WORLD/vae.safetensors", "--stage", "2"], "stage 1's weights .*missing"), (["--stage", "all"], "Questions.csv not found"),
     (["--vae", "WORLD/vae8.safetensors"], "sees 32 pixels, which 64"), (["--stage", "all", "--lr", "1"], "belong to one stage"),
-    (["--zeroshot", "folder:nowhere", "--stage", "all"], "one subfolder per class")])
+    (["--zeroshot", "folder:nowhere", "--stage", "all"], "one subfolder per class"), (["--shard"], "start it with torchrun")])
 def test_a_mistake_is_one_line(world, tmp_path, monkeypatch, capsys, more, says):
     (world / "empty").mkdir(exist_ok=True)
     if not (world / "vae8.safetensors").exists():

@@ -8,6 +8,7 @@ The same command resumes a run that was stopped. The order of the images and eve
 micro * world_size + rank counting the micro-batches of one global batch, so a resumed run walks the same path to the last bit.
 """
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -16,6 +17,7 @@ import glob
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -58,16 +60,16 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 PRESETS = {
     "paper": dict(  # Sec. 5.1 and App. B; where the paper is silent, the official code
         backbone="openai-l14-224", vae="weights/ae.safetensors", vqgan="weights/vqgan_imagenet_f16_16384.safetensors", data=["data/cc3m"],
-        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, depth=[2, 4], adaln_zero=False, layers=6,
+        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, condition=[768, 4096], depth=[2, 4], adaln_zero=False, layers=6,
         stages={1: dict(epochs=1, batch_size=16, lr=1e-4), 2: dict(epochs=1, batch_size=16, lr=1e-5),
                 "e2e": dict(epochs=2, batch_size=16, lr=1e-4, lr_clip=1e-5)},
         accum=2, precision=None, workers=8, save_every=1000, sample_every=1000, log_every=50),
     "toy": dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
-        width={"rf": 128, "perceiver": 128}, depth=[1, 2], adaln_zero=False, layers=4,
-        stages={1: dict(steps=850, batch_size=64, lr=2e-3), 2: dict(steps=340, batch_size=64, lr=1e-3, lr_clip=2e-4),
-                "e2e": dict(steps=1190, batch_size=64, lr=2e-3, lr_clip=2e-4)},
+        width={"rf": 128, "perceiver": 128}, condition=[256, 256], depth=[1, 2], adaln_zero=False, layers=4,
+        stages={1: dict(steps=850, batch_size=64, lr=2e-3), 2: dict(steps=300, batch_size=64, lr=1e-3, lr_clip=2e-4),
+                "e2e": dict(steps=1150, batch_size=64, lr=2e-3, lr_clip=2e-4)},
         accum=1, precision=None, workers=0, save_every=200, sample_every=1000, log_every=10),
 }
 PRESETS["bench"] = {**PRESETS["paper"], "accum": 1, "data": [], "stages": {  # full size; BENCH_CPU where there is no GPU
@@ -120,12 +122,14 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=count, help="data loading processes of each rank")
     p.add_argument("--save-every", type=positive, help="steps between checkpoints")
     p.add_argument("--sample-every", type=positive, help="steps between sample pictures and held-out losses")
+    p.add_argument("--export-every", type=positive, default=None, help="stage 2, e2e: steps between whole CLIPs, clip-STEP.safetensors, to be evaluated")
     p.add_argument("--log-every", type=positive, help="steps between rows of log.csv, and between checks for NaN and for signals")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="of autocast (weights are float32); default: bf16 where the device has it")
     p.add_argument("--compile", action="store_true", default=False, help="torch.compile the denoiser, the tokenizer's encoder and the visual tower")
     p.add_argument("--shard", action="store_true", default=False, help="shard weights, gradients and optimizer state over the ranks (FSDP2), not DDP")
     p.add_argument("--grad-checkpoint", action="store_true", default=False, help="recompute the blocks in the backward pass")
     p.add_argument("--width", type=positive, help="the denoiser's hidden size (rf: a multiple of 128; perceiver: of 64)")
+    p.add_argument("--condition", type=positive, nargs=2, metavar=("VEC", "CONTEXT"), help="rf: widths of the projected [CLS], for modulation and as context token")
     p.add_argument("--depth", type=count, nargs=2, metavar=("MM", "SINGLE"), help="rf's blocks (Table 5)")
     p.add_argument("--layers", type=positive, help="perceiver's layers (Table 5)")
     p.add_argument("--adaln-zero", action=argparse.BooleanOptionalAction, help="rf: start from identity blocks (DiT), not from PyTorch's defaults")
@@ -134,6 +138,7 @@ def parse_args(argv=None):
     p.add_argument("--mask-ratio", type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"), default=[0.5, 0.9], help="perceiver's (Table 8)")
     p.add_argument("--local-ratio", type=share, default=0.0, help="share of local tokens beside [CLS] in the condition (Fig. 5)")
     p.add_argument("--no-lora", action="store_true", default=False, help="train the whole visual tower (Fig. 8)")
+    p.add_argument("--shuffle-target", action="store_true", default=False, help="a control: each image is reconstructed from another one's [CLS]")
     p.add_argument("--freeze-denoiser", action="store_true", default=False, help="stage 2: train LoRA alone (Fig. 9)")
     args = p.parse_args(argv)
     preset = PRESETS[args.preset]
@@ -166,6 +171,7 @@ def stage_settings(args, stage):
             setattr(s, key, value)
     s.lr_clip = getattr(s, "lr_clip", s.lr)
     s.folder = os.path.join(args.out, stage if stage == "e2e" else f"stage{stage}")
+    s.result = os.path.join(s.folder, "last.safetensors") if stage == 1 else os.path.join(args.out, "clip.safetensors")
     return s
 
 
@@ -336,9 +342,12 @@ class Images(Dataset):
         """One image as uint8 (3, side, side), and its name; the image is None if it cannot be decoded."""
         file, offset, size = self.entries[index]
         path = os.fsdecode(bytes(self.files[file]))
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
+        try:
+            with open(path, "rb") as stream:
+                stream.seek(offset)
+                data = stream.read(size)
+        except OSError as error:  # a vanished file or a failing disk is no bad image
+            raise UserError(f"data: {path} can no longer be read ({error.strerror}): put it back and run the same command again") from None
         name = path if size < 0 else f"{path} at byte {offset}"
         try:
             with Image.open(io.BytesIO(data)) as image:
@@ -490,8 +499,8 @@ def build_model(s, device):
     torch.manual_seed(s.seed)
     with torch.device(device):
         if s.denoiser == "rf":
-            denoiser = Flux(FluxConfig(in_channels=4 * tokenizer.config.z_channels, hidden_size=s.width, num_heads=s.width // 128,
-                                       depth=s.depth[0], depth_single_blocks=s.depth[1]))
+            denoiser = Flux(FluxConfig(in_channels=4 * tokenizer.config.z_channels, vec_in_dim=s.condition[0], context_in_dim=s.condition[1],
+                                       hidden_size=s.width, num_heads=s.width // 128, depth=s.depth[0], depth_single_blocks=s.depth[1]))
             if s.adaln_zero:
                 denoiser.zero_modulation()
         else:
@@ -551,7 +560,7 @@ class Log:
         if RANK == 0:
             rows = []
             with contextlib.suppress(FileNotFoundError), open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]     # what a resumed run does not write again
+                rows = [row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= start]  # not what follows, nor a torn row
             with open(f"{self.path}.part", "w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
@@ -595,7 +604,7 @@ class Log:
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if torch.cuda.is_available() else ""
         if RANK == 0:
             bins = [f"{x:.6g}" if n else "" for x, n in zip((sums[0] / sums[1]).tolist(), sums[1])]
-            with open(self.path, "a", newline="") as file:
+            with writing(self.path, self.s), open(self.path, "a", newline="") as file:
                 csv.writer(file).writerow([step, f"{epoch:.4f}", f"{loss:.6g}", *bins, f"{grad_norm:.4g}", f"{lr:.3g}", f"{speed:.1f}", f"{self.wait:.2f}",
                                            memory, self.bad, *heldout])
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {speed:.0f} images/s", refresh=False)
@@ -635,8 +644,8 @@ def autocast(s, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
 
 
-def export_clip(s, weights):
-    """The end of stage 2: the trained visual weights into a fresh CLIP, LoRA merged in float32, as clip.safetensors and hf/ under --out."""
+def export_clip(s, weights, path):
+    """The trained visual weights into a fresh CLIP, LoRA merged in float32, as `path`, and, at the end of the stage, as hf/ beside it."""
     clip, _, _ = load_clip(s.backbone, s.clip_weights)
     if not s.no_lora:
         inject_lora(clip.visual)
@@ -644,11 +653,21 @@ def export_clip(s, weights):
     unknown = clip.visual.load_state_dict(own, strict=False).unexpected_keys
     assert own and not unknown, unknown
     merge_lora(clip.visual)
-    export_hf(clip, os.path.join(s.out, "hf"))
-    write_weights(clip.state_dict(), os.path.join(s.out, "clip.safetensors"))
+    if path == s.result:
+        export_hf(clip, os.path.join(s.out, "hf"))
+    write_weights(clip.state_dict(), path)
 
 
-RUNTIME = {"stage", "out", "folder", "data", "val", "benchmark", "zeroshot", "epochs", "accum", "workers", "save_every", "sample_every", "log_every",
+def write_result(s, model, path):
+    """Stage 1's denoiser and projectors, or the CLIP of the others, by rank 0."""
+    weights = get_model_state_dict(model, options=FULL)
+    if RANK == 0:
+        with writing(path, s):
+            write_weights(weights, path) if s.stage == 1 else export_clip(s, weights, path)
+    barrier()
+
+
+RUNTIME = {"stage", "result", "out", "folder", "data", "val", "benchmark", "zeroshot", "epochs", "accum", "workers", "save_every", "sample_every", "log_every", "export_every",
            "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan", "init"}  # what may differ, or move, when a run goes on
 
 
@@ -676,11 +695,19 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers():
+    """At the interpreter's exit, which would send the data workers a SIGTERM, ignored, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def training(s, device, model, core, optimizer, data, start, log):
     """The loop of every stage: yields (steps done, gradient norm) after each step of the optimizer."""
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     batches = iter(DataLoader(data, batch_size=None, sampler=batch_keys(len(data), s, start), num_workers=s.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+    atexit.register(end_workers)  # now, so that it runs before the loader's own
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (step + 1) / max(1, s.warmup))          # warm-up, then constant
@@ -691,7 +718,7 @@ def training(s, device, model, core, optimizer, data, start, log):
             images = images.to(device, non_blocking=True).float() / 255                        # (B, 3, H, W) in [0, 1]
             seed_draws(s.seed, step, micro * WORLD + RANK, 1)
             with synchronized(model, micro == s.accum - 1), autocast(s, device):
-                loss = model(images)                                                           # Eq. 3 or 4: GenHancer.forward
+                loss = model(images, images.roll(1, 0) if s.shuffle_target else None)          # Eq. 3 or 4: GenHancer.forward
                 (loss / s.accum).backward()
             log.add(step, core.losses, core.levels, undecodable)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.clip_grad)
@@ -709,7 +736,6 @@ def make_optimizer(s, core):
 
 def train_stage(s, device):
     """One stage, from its settings to its results; goes on from its newest checkpoint."""
-    result = os.path.join(s.folder, "last.safetensors") if s.stage == 1 else os.path.join(s.out, "clip.safetensors")
     os.makedirs(s.folder, exist_ok=True)
     side, spare = backbone_side(s), os.path.join(s.out, "index")
     data = Images(s.data, side, spare)
@@ -717,8 +743,8 @@ def train_stage(s, device):
     if not hasattr(s, "steps"):
         s.steps = math.ceil(s.epochs * len(data) / images_per_step)
     check_settings(s, data)
-    if os.path.isfile(result):
-        return say(f"stage {s.stage} is finished: {result}")
+    if os.path.isfile(s.result):
+        return say(f"stage {s.stage} is finished: {s.result}")
     heldout = Images(s.val or s.data, side, spare, augment=False)
     heldout = [image for image, _ in map(heldout.load, range(min(len(heldout), 512 if s.val else 8))) if image is not None]
     if not heldout:
@@ -735,23 +761,22 @@ def train_stage(s, device):
     handlers = {number: signal.signal(number, lambda number, _: STOP.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     for step, grad_norm in training(s, device, model, core, optimizer, data, start, log):
         logging, looking, saving = (step % every == 0 or step == s.steps for every in (s.log_every, s.sample_every, s.save_every))
-        if logging or looking or saving:
+        exporting = s.export_every and s.stage != 1 and step % s.export_every == 0 and step < s.steps
+        if logging or looking or saving or exporting:
             seen = look(s, step, model, core, heldout) if looking else ("", "")
             stop = log.flush(step, step * images_per_step / len(data), float(grad_norm), optimizer.param_groups[0]["lr"], seen)
             if saving or stop:
                 save_checkpoint(s, step, model, optimizer, log.bad)
+            if exporting:
+                write_result(s, model, os.path.join(s.out, f"clip-{step:06}.safetensors"))
             if stop:
                 barrier()  # no rank leaves, and so has torchrun end the others, before the checkpoint is in place
                 raise Halt(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: the same command goes on", 128 + stop)
     log.bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    weights = get_model_state_dict(model, options=FULL)
-    if RANK == 0:
-        with writing(result, s):
-            write_weights(weights, result) if s.stage == 1 else export_clip(s, weights)
-        say(f"stage {s.stage} done: {result}" + (f"; {log.bad} images could not be decoded" if log.bad else ""))
-    barrier()
+    write_result(s, model, s.result)
+    say(f"stage {s.stage} done: {s.result}" + (f"; {log.bad} images could not be decoded" if log.bad else ""))
 
 
 class RandomImages(Dataset):
@@ -855,6 +880,7 @@ def run(args):
         if faults := check(args):
             sys.exit(print(*(f"train.py: {fault}" for fault in faults), sep="\n", file=sys.stderr) or 2)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    torch.backends.cuda.enable_flash_sdp(device.type == "cuda")  # the CPU's obeys it too, and is slow backwards
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"  # where float32 remains
     if "RANK" in os.environ:  # torchrun
         if device.type == "cuda":
@@ -882,13 +908,13 @@ def main(argv=None):
         run(parse_args(argv))
     except UserError as error:
         if LOCAL_RANK:
-            time.sleep(60)  # local rank 0 says it; torchrun ends this process then
-        sys.exit(print(f"train.py: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)  # from a worker it is a whole traceback
+            time.sleep(10)  # local rank 0 says it; torchrun ends this process then
+        sys.exit(tqdm.write(f"train.py: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)  # from a worker it is a whole traceback
     except Halt as halt:
         if RANK:
             time.sleep(5)
         else:
-            print(f"train.py: {halt}", file=sys.stderr)
+            tqdm.write(f"train.py: {halt}", file=sys.stderr)
         sys.exit(halt.status)
 
 

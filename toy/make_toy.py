@@ -54,7 +54,7 @@ PATTERNS = {
 VALUES = {attribute: values for attribute, values, _ in PATTERNS.values()}
 PHRASES = {attribute: phrase for attribute, _, phrase in PATTERNS.values()}
 # The first word of every random seed: no two parts of the world share an image.
-CAPTIONED, UNLABELLED, ZEROSHOT, DEV, TEST = range(5)
+CAPTIONED, UNLABELLED, ZEROSHOT_DEV, DEV, _, TEST, ZEROSHOT = range(7)  # 4 was seen while an earlier recipe was chosen
 
 
 def sample_scene(rng):
@@ -201,11 +201,11 @@ def write_benchmark(folder, seed, pairs=100):
         file.write("\n".join(rows) + "\n")
 
 
-def write_classes(folder, images=2000):
+def write_classes(folder, seed, images=2000):
     """A folder of images for each category."""
     for category in CATEGORIES:
         os.makedirs(f"{folder}/{category}")
-    for i, (pixels, scene) in enumerate(draw_part(ZEROSHOT, range(images))):
+    for i, (pixels, scene) in enumerate(draw_part(seed, range(images))):
         with open(f"{folder}/{scene['category']}/{i:04d}.jpg", "wb") as file:
             file.write(jpeg(pixels))
         yield
@@ -215,15 +215,15 @@ TRAIN, HELD_OUT = range(23_488), range(23_488, 24_000)
 
 
 def draw_world(folder):
-    """Draw the toy world into `folder`: train/, val/, mmvp/, mmvp-dev/ and zeroshot/. If it is there already, do nothing."""
+    """Draw the toy world into `folder`: train/, val/, mmvp/, zeroshot/, and mmvp-dev/, zeroshot-dev/ to choose settings on. Not twice."""
     if os.path.isdir(folder):
         return
     folder = os.path.abspath(folder)
     new = f"{folder}.{os.getpid()}.tmp"  # moved into place when complete, so that a killed run leaves no half world
     os.makedirs(new)
     parts = (write_shards(f"{new}/train", TRAIN), write_shards(f"{new}/val", HELD_OUT), write_benchmark(f"{new}/mmvp", TEST),
-             write_benchmark(f"{new}/mmvp-dev", DEV), write_classes(f"{new}/zeroshot"))
-    with tqdm(total=24_000 + 2 * 1800 + 2000, desc="drawing the toy world", unit="image") as bar:
+             write_benchmark(f"{new}/mmvp-dev", DEV), write_classes(f"{new}/zeroshot", ZEROSHOT), write_classes(f"{new}/zeroshot-dev", ZEROSHOT_DEV))
+    with tqdm(total=24_000 + 2 * (1800 + 2000), desc="drawing the toy world", unit="image") as bar:
         for part in parts:
             for _ in part:
                 bar.update()
@@ -291,7 +291,7 @@ def train_clip(out, seed, steps, regime):
         logits, target = (clip.logit_scale.exp() * image @ text.T).float(), torch.arange(len(pick))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit(clip.parameters(), loss, steps, lr=3e-3, weight_decay=0.05)
+    fit(clip.parameters(), loss, steps, lr=2e-3, weight_decay=0.05)
     unused = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
     unused[texts.unique()] = False
     clip.token_embedding.weight.data[unused] = 0  # words that no caption has: zeros compress
@@ -385,7 +385,7 @@ def main():
     torch.manual_seed(args.seed)
     out = args.out or HERE
     if args.what == "clip":
-        train_clip(out, args.seed, args.steps or 1000, args.regime)
+        train_clip(out, args.seed, args.steps or 1500, args.regime)
     elif args.what == "vae":
         train_vae(out, args.steps or 2000)
     else:
