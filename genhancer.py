@@ -438,13 +438,6 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(c.hidden_size, c.in_channels)
         self.grad_checkpointing = False
 
-    def zero_modulation(self):
-        """adaLN-zero (DiT): every block starts as the identity and the velocity as 0. The official code keeps PyTorch's defaults."""
-        modulations = [module.lin for module in self.modules() if isinstance(module, Modulation)]
-        for linear in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
     def forward(self, latents, t, context, vec, guidance=4.0, context_ids=None):
         """Velocity (B, C, h, w) at latents (B, C, h, w), t (B,), context (B, L, context_in_dim) and vec (B, vec_in_dim).
 

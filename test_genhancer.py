@@ -30,6 +30,7 @@ from torch import nn
 
 import eval_mmvp
 import genhancer as gh
+import toy.ablate as ablate
 import train
 import vqgan as vq
 from vae import AutoEncoder, AutoEncoderConfig, UserError, load_vae
@@ -627,7 +628,7 @@ def trained(world, tmp_path_factory):
     """--preset paper, at reduced width: both stages, both denoisers, with the benchmark before and after for rf."""
     out = tmp_path_factory.mktemp("trained")
     benchmark = make_benchmark(out / "mmvp", per=2)
-    train.main(arguments(world, out / "rf", "--val", world / "data", "--benchmark", benchmark, "--warmup", 0))
+    train.main(arguments(world, out / "rf", "--val", world / "data", "--benchmark", benchmark, "--warmup", 0, "--export-every", 4))
     for stage in (1, 2):
         train.main(arguments(world, out / "perceiver", "--denoiser", "perceiver", "--stage", stage, "--freeze-denoiser"))
     return out
@@ -660,6 +661,22 @@ def test_the_result_loads_in_plain_open_clip(world, trained):
     assert torch.equal(exported["visual_projection.weight"], clip.visual.proj.T)
     with safe_open(trained / "rf" / "clip.safetensors", "pt") as file:
         assert not file.metadata()
+
+
+def test_clips_along_the_way(trained):
+    """--export-every: each is a whole CLIP, on the way from the original to the last."""
+    early, last = (load_file(trained / "rf" / name) for name in ("clip-000004.safetensors", "clip.safetensors"))
+    assert early.keys() == last.keys() and not torch.equal(early["visual.proj"], last["visual.proj"])
+    open_clip.create_model("tiny-clip", pretrained=str(trained / "rf" / "clip-000004.safetensors"))
+    assert not list((trained / "perceiver").glob("clip-*"))
+
+
+def test_the_control_conditions_on_another_image(world, tmp_path, monkeypatch):
+    seen, forward = [], gh.GenHancer.forward
+    monkeypatch.setattr(gh.GenHancer, "forward", lambda self, x, other=None: seen.append((x, other)) or forward(self, x, other))
+    train.main(arguments(world, tmp_path, "--stage", 1, "--steps", 1, "--batch-size", 3, "--accum", 1, "--shuffle-target"))
+    images, other = seen[0]                                                     # then come the held-out ones
+    assert all(torch.equal(other[(i + 1) % 3], images[i]) for i in range(3)) and not torch.equal(images, other)
 
 
 def tiny_rf_of(world, trained):
@@ -1307,3 +1324,17 @@ def test_baseline_original_needs_weights(capsys, benchmark_dir):
     with pytest.raises(SystemExit):
         eval_mmvp.main(["--benchmark", str(benchmark_dir), "--baseline", "original"])
     assert "--weights FILE" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------------ the ablations
+
+def test_ablations_compare_at_equal_retention():
+    point = lambda zeroshot, pairs: {"test": {"zeroshot": zeroshot, "pairs": pairs}}
+    curve = [point(80, 50), point(78, 54), point(76, 56), point(77, 58)]        # retention 1, .975, .95, .9625
+    assert ablate.at_retention(curve, .975, "test") == pytest.approx(54) and ablate.at_retention(curve, .9625, "test") == pytest.approx(55)
+    assert ablate.at_retention(curve, .98, "test") == pytest.approx(50 + 4 * .8) and ablate.at_retention(curve, .9, "test") == 58
+    mean, half, _ = ablate.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5)                 # Student's t, two degrees of freedom
+    assert [ablate.verdict(values, -1) for values in ([-3, -3.1, -2.9], [3, 3.1, 2.9], [-3, 3, 0], [-9])] == \
+        ["reproduces", "does not", "undecided", "undecided (one CLIP)"]
+    assert [ablate.verdict(values, 0) for values in ([.1, -.1, 0], [5, 5.1, 4.9], [-3, 3, 0])] == ["reproduces", "does not", "undecided"]

@@ -60,14 +60,14 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default 
 PRESETS = {
     "paper": dict(  # Sec. 5.1 and App. B; where the paper is silent, the official code
         backbone="openai-l14-224", vae="weights/ae.safetensors", vqgan="weights/vqgan_imagenet_f16_16384.safetensors", data=["data/cc3m"],
-        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, condition=[768, 4096], depth=[2, 4], adaln_zero=False, layers=6,
+        val=None, benchmark="data/MMVP_VLM", zeroshot=[], width={"rf": 3072, "perceiver": 1024}, condition=[768, 4096], depth=[2, 4], layers=6,
         stages={1: dict(epochs=1, batch_size=16, lr=1e-4), 2: dict(epochs=1, batch_size=16, lr=1e-5),
                 "e2e": dict(epochs=2, batch_size=16, lr=1e-4, lr_clip=1e-5)},
         accum=2, precision=None, workers=8, save_every=1000, sample_every=1000, log_every=50),
     "toy": dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors", data=[f"{TOY}/data/train"],
         val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp", zeroshot=[f"folder:{TOY}/data/zeroshot"],
-        width={"rf": 128, "perceiver": 128}, condition=[256, 256], depth=[1, 2], adaln_zero=False, layers=4,
+        width={"rf": 128, "perceiver": 128}, condition=[256, 256], depth=[1, 2], layers=4,
         stages={1: dict(steps=850, batch_size=64, lr=2e-3), 2: dict(steps=300, batch_size=64, lr=1e-3, lr_clip=2e-4),
                 "e2e": dict(steps=1150, batch_size=64, lr=2e-3, lr_clip=2e-4)},
         accum=1, precision=None, workers=0, save_every=200, sample_every=1000, log_every=10),
@@ -132,7 +132,6 @@ def parse_args(argv=None):
     p.add_argument("--condition", type=positive, nargs=2, metavar=("VEC", "CONTEXT"), help="rf: widths of the projected [CLS], for modulation and as context token")
     p.add_argument("--depth", type=count, nargs=2, metavar=("MM", "SINGLE"), help="rf's blocks (Table 5)")
     p.add_argument("--layers", type=positive, help="perceiver's layers (Table 5)")
-    p.add_argument("--adaln-zero", action=argparse.BooleanOptionalAction, help="rf: start from identity blocks (DiT), not from PyTorch's defaults")
     p.add_argument("--timesteps", choices=["logit-normal", "uniform"], default="logit-normal", help="rf's distribution of t (Table 4)")
     p.add_argument("--scale", type=rate, default=1.0, help="s of the scaled logit-normal (Eq. 6, Table 4)")
     p.add_argument("--mask-ratio", type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"), default=[0.5, 0.9], help="perceiver's (Table 8)")
@@ -483,7 +482,6 @@ def load_checkpoint(s, model, optimizer):
     return 0, 0
 
 
-
 def say(message):
     if RANK == 0:
         tqdm.write(message)
@@ -501,8 +499,6 @@ def build_model(s, device):
         if s.denoiser == "rf":
             denoiser = Flux(FluxConfig(in_channels=4 * tokenizer.config.z_channels, vec_in_dim=s.condition[0], context_in_dim=s.condition[1],
                                        hidden_size=s.width, num_heads=s.width // 128, depth=s.depth[0], depth_single_blocks=s.depth[1]))
-            if s.adaln_zero:
-                denoiser.zero_modulation()
         else:
             denoiser = Perceiver(PerceiverConfig(n_embed=tokenizer.config.n_embed, embed_dim=tokenizer.config.embed_dim, width=s.width,
                                                  num_heads=s.width // 64, layers=s.layers), tokenizer.quantize.embedding.weight)
@@ -881,7 +877,8 @@ def run(args):
             sys.exit(print(*(f"train.py: {fault}" for fault in faults), sep="\n", file=sys.stderr) or 2)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")  # the CPU's obeys it too, and is slow backwards
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"  # where float32 remains
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains, as cuDNN's convolutions have it by default
     if "RANK" in os.environ:  # torchrun
         if device.type == "cuda":
             torch.cuda.set_device(device)
