@@ -457,7 +457,7 @@ def main(argv=None):
     try:
         run(parse_arguments(argv))
     except UserError as error:
-        print(f"eval_mmvp.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # from a worker process it is a whole traceback
+        print(f"eval_mmvp.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)  # from a worker process it is a whole traceback
         sys.exit(2)
 
 

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     p.add_argument("--clip-weights", metavar="FILE", default=None, help="CLIP's weights, open_clip format; default: open_clip downloads the backbone's")
     p.add_argument("--vae", metavar="FILE", help="FLUX.1's ae.safetensors (rf)")
     p.add_argument("--vqgan", metavar="FILE", help="taming's VQ-GAN, converted by vqgan.py (perceiver)")
-    p.add_argument("--data", nargs="+", metavar="PATH", help="training images: folders, or tar shards as img2dataset writes them")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="training images: folders, or tar shards as img2dataset writes them (bench: random ones)")
     p.add_argument("--val", nargs="+", metavar="PATH", help="held-out images, for the loss with the right and with shuffled [CLS]; the first 512")
     p.add_argument("--benchmark", metavar="DIR", help="MMVP-VLM's folder (stage all)")
     p.add_argument("--zeroshot", nargs="*", metavar="NAME:PATH", help="retention tasks, as for eval_mmvp.py (stage all)")
@@ -789,13 +789,15 @@ class RandomImages(Dataset):
 
 
 def bench(s, device):
-    """Time the training loop at full size with random weights and images (Table 7), and print where the time goes. Nothing is written."""
+    """Time the training loop at full size with random weights and, but for --data, images (Table 7); print where the time goes."""
     gpu = device.type == "cuda"
     if not gpu:
         vars(s).update(BENCH_CPU)
-    say(f"bench: {'full size' if gpu else 'REDUCED size (no GPU here)'}, RANDOM weights and images: it measures speed and memory, and learns nothing")
+    say(f"bench: {'full size' if gpu else 'REDUCED size (no GPU here)'}, RANDOM weights{'' if s.data else ' and images'}: it measures speed and memory, and learns nothing")
     core = build_model(s, device)
-    model, data, warm = distribute(core, s, device), RandomImages(s.batch_size, image_side(core.visual)), 10 if gpu else 2
+    began, side = time.perf_counter(), image_side(core.visual)
+    data = Images(s.data, side, os.path.join(s.out, "index")) if s.data else RandomImages(s.batch_size, side)
+    indexing, model, warm = time.perf_counter() - began, distribute(core, s, device), 10 if gpu else 2
     optimizer, marks, log = make_optimizer(s, core), [], argparse.Namespace(wait=0.0, add=lambda *_: None)
 
     def now():
@@ -808,7 +810,7 @@ def bench(s, device):
     def seconds(a, b):
         return a.elapsed_time(b) / 1e3 if gpu else b - a
 
-    def time_of(function, repeats=5):
+    def time_of(function, repeats=5 if gpu else 2):
         times = [(now(), function(), now()) for _ in range(repeats + 1)][1:]
         torch.cuda.synchronize() if gpu else None
         return float(np.median([seconds(a, b) for a, _, b in times]))
@@ -822,7 +824,9 @@ def bench(s, device):
     torch.cuda.synchronize() if gpu else None
     peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     steps = np.array([seconds(a, b) for a, b in zip(marks[warm - 1:], marks[warm:])])
-    images = data.batch.to(device).float() / 255
+    began = time.perf_counter()
+    images = [data[s.seed, 0, i, range(i * s.batch_size, (i + 1) * s.batch_size)][0] for i in range(max(1, 256 // s.batch_size))]
+    loading, images = len(images) * s.batch_size / (time.perf_counter() - began), images[0].to(device).float() / 255
     with autocast(s, device):
         with FlopCounterMode(display=False) as counter:
             model(images).backward()
@@ -847,6 +851,7 @@ def bench(s, device):
             ("batch", f"{s.batch_size} images x accumulation {s.accum} x {WORLD}, {s.precision}"),
             ("s / 100 iterations", f"{100 * np.median(steps):.2f} (quartiles {100 * np.quantile(steps, .25):.2f}, {100 * np.quantile(steps, .75):.2f}; {len(steps)} timed)"),
             ("images / s", f"{s.batch_size * s.accum * WORLD / np.median(steps):.1f}"),
+            *([("loading", f"{loading:.0f} images/s in one process; {len(data):,} images indexed in {indexing:.2f} s")] if s.data else []),
             ("peak memory", f"{peak:.2f} GB {'of a GPU' if gpu else 'of the process'}"),
             ("model TFLOP/s", f"{rate:.2f} per device; MFU " + (f"{100 * rate / ceiling:.1f} % of {ceiling}" if ceiling else "unknown: no peak on record for this device")),
             ("share of time, each alone", ", ".join(f"{part} {100 * value / sum(parts.values()):.0f} %" for part, value in parts.items()))):
@@ -906,7 +911,7 @@ def main(argv=None):
     except UserError as error:
         if LOCAL_RANK:
             time.sleep(10)  # local rank 0 says it; torchrun ends this process then
-        sys.exit(tqdm.write(f"train.py: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)  # from a worker it is a whole traceback
+        sys.exit(tqdm.write(f"train.py: {str(error).rpartition('UserError: ')[2]}", file=sys.stderr) or 2)  # from a worker it is a whole traceback
     except Halt as halt:
         if RANK:
             time.sleep(5)
