@@ -905,7 +905,8 @@ def test_bench_announces_random_weights(world, monkeypatch, capsys):
     (["--init", "nowhere", "--stage", "1"], "no file at nowhere"), (["--init", "WORLD/vae.safetensors", "--stage", "1"], "FLUX's weights .*missing"),
     (["--init", "WORLD/vae.safetensors", "--stage", "2"], "stage 1's weights .*missing"), (["--stage", "all"], "Questions.csv not found"),
     (["--vae", "WORLD/vae8.safetensors"], "sees 32 pixels, which 64"), (["--stage", "all", "--lr", "1"], "belong to one stage"),
-    (["--zeroshot", "folder:nowhere", "--stage", "all"], "one subfolder per class"), (["--shard"], "start it with torchrun")])
+    (["--zeroshot", "folder:nowhere", "--stage", "all"], "one subfolder per class"), (["--shard"], "start it with torchrun"),
+    (["--preset", "bench", "--steps", "9"], "of which the first 10 warm up")])
 def test_a_mistake_is_one_line(world, tmp_path, monkeypatch, capsys, more, says):
     (world / "empty").mkdir(exist_ok=True)
     if not (world / "vae8.safetensors").exists():
@@ -1332,10 +1333,15 @@ def test_baseline_original_needs_weights(capsys, benchmark_dir):
 def test_ablations_compare_at_equal_retention():
     point = lambda zeroshot, pairs: {"test": {"zeroshot": zeroshot, "pairs": pairs}}
     curve = [point(80, 50), point(78, 54), point(76, 56), point(77, 58)]        # retention 1, .975, .95, .9625
-    assert ablate.at_retention(curve, .975, "test") == pytest.approx(54) and ablate.at_retention(curve, .9625, "test") == pytest.approx(55)
-    assert ablate.at_retention(curve, .98, "test") == pytest.approx(50 + 4 * .8) and ablate.at_retention(curve, .9, "test") == 58
-    mean, half, _ = ablate.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5)                 # Student's t, two degrees of freedom
-    assert [ablate.verdict(values, -1) for values in ([-3, -3.1, -2.9], [3, 3.1, 2.9], [-3, 3, 0], [-9])] == \
-        ["reproduces", "does not", "undecided", "undecided (one CLIP)"]
-    assert [ablate.verdict(values, 0) for values in ([.1, -.1, 0], [5, 5.1, 4.9], [-3, 3, 0])] == ["reproduces", "does not", "undecided"]
+    assert ablate.at_retention(curve, .975) == pytest.approx(54) and ablate.at_retention(curve, .9625) == pytest.approx(55)
+    assert ablate.at_retention(curve, .98) == pytest.approx(50 + 4 * .8) and math.isnan(ablate.at_retention(curve, .9))
+
+
+def test_ablations_decide_by_student_over_clips():
+    mean, half, words = ablate.interval([1.0, 2.0, math.nan, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5) and words == "+2.0 ± 2.5"    # two degrees of freedom
+    assert ablate.interval([1.0, 2.0])[2] == "+1.5 (2 CLIPs)" and ablate.interval([math.nan])[2] == "not reached"
+    for expected, values, says in ((-1, [-3, -3.1, -2.9], "reproduces"), (-1, [3, 3.1, 2.9], "does not"), (-1, [-3, 3, 0], "undecided"), (1, [3, 3.1, 2.9], "reproduces"),
+                                   (0, [.1, -.1, 0], "reproduces"), (0, [5, 5.1, 4.9], "does not"), (0, [1.6, 1.8, 2], "undecided"), ("<=", [-5, -5.1, -4.9], "reproduces"),
+                                   ("<=", [5, 5.1, 4.9], "does not"), (-1, [-9, -9], "undecided (too few CLIPs)")):
+        assert ablate.verdict(values, expected) == says, values

@@ -150,6 +150,8 @@ def parse_args(argv=None):
     args.out = args.out or f"runs/{args.preset}-{args.denoiser}"
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard shares the model among processes: start it with torchrun")
+    if args.preset == "bench" and (hasattr(args, "epochs") or getattr(args, "steps", 110) <= 10):
+        raise UserError("--preset bench counts in --steps, of which the first 10 warm up: give more of them, and no --epochs")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         raise UserError(f"--mask-ratio {args.mask_ratio[0]} {args.mask_ratio[1]}: the low end comes first")
     if args.width % (128 if args.denoiser == "rf" else 64):
@@ -169,6 +171,8 @@ def stage_settings(args, stage):
         if not (hasattr(args, key) or key == "epochs" and hasattr(args, "steps") or key == "steps" and hasattr(args, "epochs")):
             setattr(s, key, value)
     s.lr_clip = getattr(s, "lr_clip", s.lr)
+    if s.shuffle_target and s.batch_size < 2:
+        raise UserError("--shuffle-target takes another image of the micro-batch: give --batch-size 2 or more")
     s.folder = os.path.join(args.out, stage if stage == "e2e" else f"stage{stage}")
     s.result = os.path.join(s.folder, "last.safetensors") if stage == 1 else os.path.join(args.out, "clip.safetensors")
     return s
@@ -508,7 +512,7 @@ def build_model(s, device):
         start = s.init or os.path.join(s.out, "stage1", "last.safetensors")
         load_strictly(trained, read_weights(start, "stage 1's weights")[0], start, "stage 1's weights for these settings")
     elif s.init:
-        load_strictly(model.denoiser, read_weights(s.init, "denoiser weights")[0], s.init, "FLUX's weights for this --denoiser, --width and --depth")
+        load_strictly(model.denoiser, read_weights(s.init, "denoiser weights")[0], s.init, "FLUX's weights for this --denoiser, --width, --condition and --depth")
     if s.grad_checkpoint:
         denoiser.grad_checkpointing = True
         visual.set_grad_checkpointing(True)
@@ -667,12 +671,18 @@ RUNTIME = {"stage", "result", "out", "folder", "data", "val", "benchmark", "zero
            "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan", "init"}  # what may differ, or move, when a run goes on
 
 
+def crc(path):
+    """The checksum of a file's first MiB: tells weights of the same size apart, at no cost."""
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read(1 << 20))
+
+
 def check_settings(s, data):
     """A stage's folder holds one run: refuse, key by key, to go on with other settings than those it was begun with."""
     settings = {key: value for key, value in sorted(vars(s).items()) if key not in RUNTIME}
     settings |= {"micro-batches of a step (processes x --accum)": s.accum * WORLD, "data": data.fingerprint()}
     files = {"clip_weights": s.clip_weights, "vae" if s.denoiser == "rf" else "vqgan": s.vae if s.denoiser == "rf" else s.vqgan, "init": s.init}
-    settings |= {key: f"{os.path.basename(path)}, {os.path.getsize(path)} bytes" for key, path in files.items() if path}
+    settings |= {key: f"{os.path.basename(path)}, {os.path.getsize(path)} bytes, {crc(path):08x}" for key, path in files.items() if path}
     path = os.path.join(s.folder, "settings.json")
     barrier()
     if os.path.isfile(path):
@@ -761,10 +771,10 @@ def train_stage(s, device):
         if logging or looking or saving or exporting:
             seen = look(s, step, model, core, heldout) if looking else ("", "")
             stop = log.flush(step, step * images_per_step / len(data), float(grad_norm), optimizer.param_groups[0]["lr"], seen)
+            if exporting:  # before the checkpoint of this step, from which a resumed run would not come back to it
+                write_result(s, model, os.path.join(s.out, f"clip-{step:06}.safetensors"))
             if saving or stop:
                 save_checkpoint(s, step, model, optimizer, log.bad)
-            if exporting:
-                write_result(s, model, os.path.join(s.out, f"clip-{step:06}.safetensors"))
             if stop:
                 barrier()  # no rank leaves, and so has torchrun end the others, before the checkpoint is in place
                 raise Halt(f"stopped by {signal.Signals(stop).name} after step {step}, which is saved: the same command goes on", 128 + stop)

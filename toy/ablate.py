@@ -2,19 +2,23 @@
 
     python toy/ablate.py --quick      # one CLIP and the main rows, about 15 minutes on 2 cores
     python toy/ablate.py              # the grid: hours. A killed grid goes on where it was
-    python toy/ablate.py --report     # the table and toy/ablation.svg of what has run so far
+    python toy/ablate.py --report     # the tables and runs/ablation/ablation.svg of what has run so far
 
 Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that differ in stage 2 only), then stage 2 with a CLIP saved every
 100 steps, each scored on two benchmarks and on two sets of category images. The rate of an arm is the one of three with the highest accuracy
 at a retention of .97 on dev, with the first CLIP; the table's numbers come from a benchmark and from images that nothing was chosen on.
+A verdict is Student's 95 % interval over CLIPs: of 23 verdicts, one is wrong by luck. Below three CLIPs there is none.
 """
 import argparse
 import csv
+import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -70,8 +74,8 @@ CLAIMS = (  # (arm, of what, the claim, the paper's numbers, how the arm should 
     ("s = .5", "rf", "Table 4: s = .5 is worse", "28.2 against 31.9", -1),
     ("s = 5", "rf", "Table 4: s = 5 is worse", "24.5 against 31.9", -1),
     ("s = 10", "rf", "Table 4: s = 10 is worse", "20.7 against 31.9", -1),
-    ("depth 1 + 1", "rf", "Table 5: half the blocks do as well", "41.5 against 42.2", 0),
-    ("depth 2 + 4", "rf", "Table 5: twice the blocks do no better", "42.2 against 42.2", 0),
+    ("depth 1 + 1", "rf", "Table 5: a denoiser of 1 + 1 for 1 + 2 blocks does about as well", "not given", 0),
+    ("depth 2 + 4", "rf", "Table 5: one of 2 + 4 for 1 + 2 blocks does no better", "42.2 against 41.5", "<="),
     ("layers 2", "perceiver", "Table 5: 2 layers are a little worse than 4", "41.5 against 43.7", -1),
     ("layers 6", "perceiver", "Table 5: 6 layers are a little better than 4", "45.2 against 43.7", 1),
     ("perceiver", "rf", "Table 6: discrete below continuous on OpenAI's CLIP", "28.9 against 31.9", -1),
@@ -81,23 +85,22 @@ CLAIMS = (  # (arm, of what, the claim, the paper's numbers, how the arm should 
     ("direct", "rf", "Fig. 8: training without LoRA is worse", "a figure only", -1),
     ("frozen", "rf", "Fig. 9: a frozen denoiser makes little difference", "a figure only", 0),
     ("stage 1: 200 steps", "rf", "Fig. 1b: a short stage 1 is worse", "a figure only", -1),
-    ("stage 1: 2400 steps", "rf", "Fig. 1b: better reconstruction is not better representation", "a figure only", 0),
+    ("stage 1: 2400 steps", "rf", "Fig. 1b: better reconstruction is no better representation", "a figure only", "<="),
     ("shuffled target", "rf", "control: another image's [CLS]", "none", -1),
 )
-T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided 95 %, by degrees of freedom
+T95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided 95 %, by degrees of freedom
+MARGIN = 2.0  # points: what "about as well" and "no better" allow
 
 
-def command(*parts):
-    """A command line: each part is split at its spaces."""
-    return [sys.executable, *(word for part in parts for word in str(part).split())]
-
-
-def call(log, line):
-    """Run a command, one thread, its output into the file `log`; raises with the last line if it fails."""
+def call(log, command, *flags, **paths):
+    """Run a command of train.py or make_toy.py on one thread, its output into the file `log`; returns the line, raises RuntimeError."""
+    line = [sys.executable, *command.split(), *(word for flag in flags for word in flag.split())]
+    line += [word for name, path in paths.items() for word in (f"--{name.replace('_', '-')}", path)]
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "a") as file:
         if subprocess.run(line, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=os.path.dirname(HERE)).returncode:
             raise RuntimeError(f"{' '.join(line)} failed: see {log}")
+    return "python " + " ".join(line[1:])
 
 
 def read_json(path):
@@ -105,51 +108,57 @@ def read_json(path):
         return json.load(file)
 
 
-def make_clip(out, clip):
-    """The weights of a CLIP: the committed one ("0"), another seed, or the regime without gain ("full")."""
-    if clip == "0":
-        return os.path.join(HERE, "clip.safetensors")
-    path = os.path.join(out, f"clip-{clip}")
-    if not os.path.isfile(os.path.join(path, "clip.safetensors")):
-        call(f"{path}.log", command("toy/make_toy.py clip --out", path, "--regime full" if clip == "full" else f"--seed {clip}"))
-    return os.path.join(path, "clip.safetensors")
+def weights_of(out, clip):
+    """The file of a CLIP: the committed one ("0"), another seed's, or the regime without gain ("full")."""
+    return os.path.join(HERE if clip == "0" else os.path.join(out, f"clip-{clip}"), "clip.safetensors")
+
+
+def prepare(out, clip):
+    """Train a CLIP, if it is not there, and score it as it is."""
+    folder, weights = os.path.join(out, f"clip-{clip}"), weights_of(out, clip)
+    if not os.path.isfile(weights):
+        call(f"{folder}.log", "toy/make_toy.py clip", "--regime full" if clip == "full" else f"--seed {clip}", out=folder)
+    if not os.path.isfile(f"{folder}/before.json"):
+        os.makedirs(folder, exist_ok=True)
+        write_json(f"{folder}/before.json", score(out, weights) | {"step": 0})
+
+
+def name_of(out, clip, name):
+    return os.path.join(out, f"clip-{clip}", name.replace("--", "").replace(" ", "_"))
 
 
 def stage1(out, clip, arm):
-    """Stage 1 of an arm, or nothing if it has none or is done: the folder that holds it."""
+    """Stage 1 of an arm, which train.py finds finished if it is."""
     both, one, _ = ARMS[arm]
-    if one is None:
-        return None
-    folder = os.path.join(out, f"clip-{clip}", "stage 1" + both.replace("--", "") + one.replace("--", " ")).replace(" ", "_")
-    if not os.path.isfile(f"{folder}/stage1/last.safetensors"):
-        call(f"{folder}.log", command("train.py --preset toy --stage 1 --clip-weights", make_clip(out, clip), "--out", folder, both, one))
-    return folder
+    folder = name_of(out, clip, f"stage 1 {both} {one}".rstrip())
+    call(f"{folder}.log", "train.py --preset toy --stage 1", both, one, clip_weights=weights_of(out, clip), out=folder)
 
 
 def cell(out, clip, arm, rate):
-    """Train, score the curve, and write one JSON; what is there already is not done again. Returns its content."""
-    path = os.path.join(out, f"clip-{clip}", f"{arm} {rate:g}".replace(" ", "_"))
-    if not os.path.isfile(f"{path}.json"):
-        weights, (both, one, two), start = make_clip(out, clip), ARMS[arm], stage1(out, clip, arm)
-        stages = f"--stage e2e --steps {STEPS * 3 // 2}" if start is None else f"--stage 2 --steps {STEPS} --init {start}/stage1/last.safetensors"
-        line = command("train.py --preset toy --clip-weights", weights, "--out", path, stages, both, two,
-                       f"--lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
-        call(f"{path}.log", line)
-        with open(os.path.join(path, "stage2" if start else "e2e", "log.csv"), newline="") as file:
-            heldout = {int(row["step"]): float(row["heldout"]) for row in csv.DictReader(file) if row["heldout"]}
-        before = os.path.join(out, f"clip-{clip}", "before.json")
-        if not os.path.isfile(before):
-            write_json(before, score(out, weights) | {"step": 0})
-        curve = [read_json(before)]
-        for step in sorted(heldout):
-            file = os.path.join(path, f"clip-{step:06}.safetensors")
-            curve.append(score(out, file if os.path.isfile(file) else f"{path}/clip.safetensors") | {"step": step, "heldout": heldout[step]})
-        result = {"clip": clip, "arm": arm, "rate": rate, "command": "python " + " ".join(line[1:]), "curve": curve}
-        if arm == "rf":
-            result["probe"] = {"before": probe(weights), "after": probe(f"{path}/clip.safetensors")}
-        write_json(f"{path}.json", result)
-        shutil.rmtree(path)
-    return read_json(f"{path}.json")
+    """Train, score the curve and write one JSON, unless it is there."""
+    path, weights, (both, one, two) = name_of(out, clip, f"{arm} {rate:g}"), weights_of(out, clip), ARMS[arm]
+    flags = (both, two, f"--lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
+    with open(weights, "rb") as file:
+        what = {"clip": clip, "arm": arm, "rate": rate, "flags": " ".join([*flags, str(one), str(STEPS)]), "crc": zlib.crc32(file.read())}
+    if os.path.isfile(f"{path}.json"):
+        if {key: read_json(f"{path}.json").get(key) for key in what} != what:
+            raise RuntimeError(f"{path}.json is of other settings or another CLIP: remove it, or choose another --out")
+        return
+    if one is None:
+        line = call(f"{path}.log", f"train.py --preset toy --stage e2e --steps {STEPS * 3 // 2}", *flags, clip_weights=weights, out=path)
+    else:
+        start = name_of(out, clip, f"stage 1 {both} {one}".rstrip()) + "/stage1/last.safetensors"
+        line = call(f"{path}.log", f"train.py --preset toy --stage 2 --steps {STEPS}", *flags, clip_weights=weights, out=path, init=start)
+    with open(os.path.join(path, "e2e" if one is None else "stage2", "log.csv"), newline="") as file:
+        heldout = {int(row["step"]): float(row["heldout"]) for row in csv.DictReader(file) if row["heldout"]}
+    curve, last = [read_json(os.path.join(out, f"clip-{clip}", "before.json"))], os.path.join(path, "clip.safetensors")
+    for step in sorted(heldout):
+        curve.append(score(out, last if step == max(heldout) else os.path.join(path, f"clip-{step:06}.safetensors")) | {"step": step, "heldout": heldout[step]})
+    result = what | {"command": line, "curve": curve}
+    if arm == "rf":
+        result["probe"] = {"before": probe(weights), "after": probe(last)}
+    write_json(f"{path}.json", result)
+    shutil.rmtree(path)
 
 
 def score(out, weights):
@@ -179,64 +188,67 @@ def probe(weights, images=3000, ridge=1e-2):
     return result
 
 
-def at_retention(curve, retention, part):
-    """Pair accuracy where zero-shot / zero-shot before first falls to `retention`, linear between two points; the last point's if it never does."""
+def at_retention(curve, retention, part="test"):
+    """Pair accuracy where zero-shot / zero-shot before first falls to `retention`, linear between two points; NaN if it never does."""
     points = [(point[part]["zeroshot"] / curve[0][part]["zeroshot"], point[part]["pairs"]) for point in curve]
     for (r0, a0), (r1, a1) in zip(points, points[1:]):
         if r1 <= retention:
             return a0 + (a1 - a0) * (r0 - retention) / (r0 - r1)
-    return points[-1][1]
+    return math.nan
 
 
-def at_step(curve, key):
-    """The test's value after STEPS steps of the visual tower."""
-    return next(point["test"][key] for point in curve if point["step"] == STEPS)
+def at_step(curve):
+    """The point after STEPS steps of the visual tower."""
+    return next(point for point in curve if point["step"] == STEPS)
 
 
 def interval(values):
-    """Mean and half-width of Student's 95 % interval over CLIPs ("one CLIP" has none)."""
+    """Mean and half-width of Student's 95 % interval over CLIPs (NaN below three), and both in words; values that are NaN are left out."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return math.nan, math.nan, "not reached"
     mean = float(np.mean(values))
-    half = T95[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean, half, f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else " (one CLIP)")
+    half = T95[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 2 else math.nan
+    return mean, half, f"{mean:+.1f} ± {half:.1f}" if len(values) > 2 else f"{mean:+.1f} ({len(values)} CLIP{'s' * (len(values) > 1)})"
 
 
-def verdict(values, direction):
-    """Whether a difference over CLIPs has the paper's sign: reproduces, does not, or undecided at this size."""
+def verdict(values, expected):
+    """Whether a difference over CLIPs is as the paper's: lower (-1), higher (1), about the same (0) or not higher ("<=")."""
     mean, half, _ = interval(values)
-    if half is None:
-        return "undecided (one CLIP)"
-    if direction == 0:
-        return "reproduces" if abs(mean) + half < 2 else "does not" if abs(mean) > half else "undecided"
-    return "undecided" if abs(mean) <= half else "reproduces" if mean * direction > 0 else "does not"
+    if math.isnan(half):
+        return "undecided (too few CLIPs)"
+    low, high = mean - half, mean + half
+    right, wrong = {-1: (high < 0, low > 0), 1: (low > 0, high < 0), 0: (-MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN),
+                    "<=": (high < MARGIN, low > MARGIN)}[expected]
+    return "reproduces" if right else "does not" if wrong else "undecided"
 
 
-def report(chosen):
-    """Print the tables of the chosen cells {(arm, clip): cell}, and draw them into toy/ablation.svg."""
-    arms = list(dict.fromkeys(arm for arm, _ in chosen))
+def report(chosen, out):
+    """Print the tables of the chosen cells {(arm, clip): cell}, and draw them."""
+    arms = [arm for arm in ARMS if any(a == arm and clip != "full" for a, clip in chosen)]
     clips = lambda arm: [clip for a, clip in chosen if a == arm and clip != "full"]
-    print(f"\n| arm | rate | CLIPs | pairs before | after {STEPS} steps | zero-shot there | at retention .98 | .97 | .95 |\n|" + "---|" * 9)
+    gain = lambda curve, retention: at_retention(curve, retention) - curve[0]["test"]["pairs"]
+    print(f"\n| arm | LoRA's rate | CLIPs | pairs gained after {STEPS} steps | zero-shot change | held-out loss | pairs gained at retention .98 | .97 | .95 |\n|" + "---|" * 9)
     for arm in arms:
         curves = [chosen[arm, clip]["curve"] for clip in clips(arm)]
-        mean = lambda f: f"{np.mean([f(curve) for curve in curves]):.1f}"
-        print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {len(curves)} | {mean(lambda c: c[0]['test']['pairs'])} | {mean(lambda c: at_step(c, 'pairs'))} | "
-              f"{mean(lambda c: at_step(c, 'zeroshot'))} | " + " | ".join(mean(lambda c: at_retention(c, r, 'test')) for r in (.98, .97, .95)) + " |")
-    print("\n| claim | the paper | ours: difference at equal steps | at retention .98 | .97 | .95 | CLIPs | verdict (at .97) |\n|" + "---|" * 8)
-    for arm, reference, claim, paper, direction in CLAIMS:
-        both = [clip for clip in clips(arm) if (reference, clip) in chosen] if arm in arms else []
-        if not both:
-            print(f"| {claim} | {paper} | not run | | | | 0 | |")
+        change = lambda key: f"{np.mean([at_step(c)['test'][key] - c[0]['test'][key] for c in curves]):+.1f}"
+        print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {', '.join(clips(arm))} | {change('pairs')} | {change('zeroshot')} | "
+              f"{np.mean([at_step(c)['heldout'] for c in curves]):.3f} | " + " | ".join(interval([gain(c, r) for c in curves])[2] for r in (.98, .97, .95)) + " |")
+    print(f"\n| claim | the paper | here, at equal steps | at retention .98 | .97 | .95 | verdict at .97 (margin {MARGIN:g}) |\n|" + "---|" * 7)
+    for arm, reference, claim, paper, expected in CLAIMS:
+        pairs = [(chosen[arm, clip]["curve"], chosen[reference, clip]["curve"]) for clip in clips(arm) if (reference, clip) in chosen]
+        if not pairs:
+            print(f"| {claim} | {paper} | not run | | | | |")
             continue
-        pairs = [(chosen[arm, clip]["curve"], chosen[reference, clip]["curve"]) for clip in both]
-        columns = [[at_step(a, "pairs") - at_step(b, "pairs") for a, b in pairs]]
-        columns += [[at_retention(a, r, "test") - at_retention(b, r, "test") for a, b in pairs] for r in (.98, .97, .95)]
-        print(f"| {claim} | {paper} | " + " | ".join(interval(values)[2] for values in columns) + f" | {len(both)} | {verdict(columns[2], direction)} |")
-    for clip in dict.fromkeys(clip for arm, clip in chosen if arm == "rf"):
-        run = chosen["rf", clip]
-        print(f"\nCLIP {clip}: zero-shot {run['curve'][0]['test']['zeroshot']:.1f} -> {run['curve'][-1]['test']['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
-        for (pattern, before), attribute in zip(run["curve"][0]["test"]["patterns"].items(), VALUES):
-            print(f"| {pattern} | {before:.0f} | {run['curve'][-1]['test']['patterns'][pattern]:.0f} | {run['probe']['before'][attribute]:.1f} | {run['probe']['after'][attribute]:.1f} |")
-    if arms:
-        draw({arm: [chosen[arm, clip]["curve"] for clip in clips(arm)] for arm in arms}, os.path.join(HERE, "ablation.svg"))
+        columns = [[at_step(a)["test"]["pairs"] - at_step(b)["test"]["pairs"] for a, b in pairs]]
+        columns += [[at_retention(a, r) - at_retention(b, r) for a, b in pairs] for r in (.98, .97, .95)]
+        print(f"| {claim} | {paper} | " + " | ".join(interval(values)[2] for values in columns) + f" | {verdict(columns[2], expected)} |")
+    for run in (run for (arm, _), run in chosen.items() if arm == "rf"):
+        before, after = run["curve"][0]["test"], at_step(run["curve"])["test"]
+        print(f"\nCLIP {run['clip']}, rf: zero-shot {before['zeroshot']:.1f} -> {after['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
+        for pattern, attribute in zip(before["patterns"], VALUES):
+            print(f"| {pattern} | {before['patterns'][pattern]:.0f} | {after['patterns'][pattern]:.0f} | {run['probe']['before'][attribute]:.1f} | {run['probe']['after'][attribute]:.1f} |")
+    draw({arm: [chosen[arm, clip]["curve"] for clip in clips(arm)] for arm in arms if arm in KEY}, os.path.join(out, "ablation.svg"))
 
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
@@ -245,10 +257,11 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#d
 def draw(curves, path):
     """An SVG of pair accuracy gained against retention, a curve per arm, the mean over its CLIPs, readable on light and dark."""
     lines = {arm: [(np.mean([c[i]["test"]["zeroshot"] / c[0]["test"]["zeroshot"] for c in runs]), np.mean([c[i]["test"]["pairs"] - c[0]["test"]["pairs"] for c in runs]))
-                   for i in range(min(map(len, runs)))] for arm, runs in curves.items() if arm in KEY}
-    x = lambda r: 60 + (1.005 - min(max(r, 0.85), 1.005)) / 0.155 * 460
-    y = lambda a: 330 - (min(max(a, -8), 16) + 8) / 24 * 300
+                   for i in range(min(map(len, runs)))] for arm, runs in curves.items()}
+    x = lambda r: 60 + (1.005 - r) / 0.155 * 460
+    y = lambda a: 330 - (a + 8) / 24 * 300
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" font-family="sans-serif" font-size="13">',
+             '<clipPath id="chart"><rect x="60" y="30" width="460" height="300"/></clipPath>',
              "<style>text{fill:#1f2937}.axis{stroke:#9ca3af}@media(prefers-color-scheme:dark){text{fill:#e5e7eb}}</style>"]
     for r in (1, .97, .95, .9, .85):
         parts.append(f'<line class="axis" x1="{x(r):.1f}" x2="{x(r):.1f}" y1="30" y2="330" stroke-opacity=".3"/><text x="{x(r):.1f}" y="348" text-anchor="middle">{r:g}</text>')
@@ -257,55 +270,76 @@ def draw(curves, path):
     parts.append('<text x="290" y="375" text-anchor="middle">zero-shot accuracy kept</text><text x="60" y="18">points of pair accuracy gained, along stage 2</text>')
     for k, (arm, points) in enumerate(lines.items()):
         path_of = " ".join(f"{x(r):.1f},{y(a):.1f}" for r, a in points)
-        parts.append(f'<polyline points="{path_of}" fill="none" stroke="{COLOURS[k]}" stroke-width="2.5"/>')
-        parts += [f'<circle cx="{x(r):.1f}" cy="{y(a):.1f}" r="3" fill="{COLOURS[k]}"/>' for r, a in points]
-        parts.append(f'<line x1="540" x2="565" y1="{50 + 22 * k}" y2="{50 + 22 * k}" stroke="{COLOURS[k]}" stroke-width="3"/><text x="572" y="{54 + 22 * k}">{arm} ({len(curves[arm])} CLIPs)</text>')
+        parts.append(f'<polyline points="{path_of}" fill="none" stroke="{COLOURS[k]}" stroke-width="2.5" clip-path="url(#chart)"/>')
+        parts += [f'<circle clip-path="url(#chart)" cx="{x(r):.1f}" cy="{y(a):.1f}" r="3" fill="{COLOURS[k]}"/>' for r, a in points]
+        parts.append(f'<line x1="540" x2="565" y1="{50 + 22 * k}" y2="{50 + 22 * k}" stroke="{COLOURS[k]}" stroke-width="3"/><text x="572" y="{54 + 22 * k}">{arm} (CLIPs: {len(curves[arm])})</text>')
     with open(path, "w") as file:
         file.write("\n".join([*parts, "</svg>"]) + "\n")
 
 
-def choose(out, clips, arm, rates):
-    """The cells of an arm at the rate that is best on dev with the first CLIP, as far as they have run."""
-    read = lambda clip, rate: os.path.join(out, f"clip-{clip}", f"{arm} {rate:g}.json".replace(" ", "_"))
-    done = {rate: read_json(read(clips[0], rate)) for rate in rates if os.path.isfile(read(clips[0], rate))}
-    best = max(done, key=lambda rate: at_retention(done[rate]["curve"], .97, "dev"), default=None)
-    return best, {(arm, clip): read_json(read(clip, best)) for clip in clips if best and os.path.isfile(read(clip, best))}
+def choose(out, clips, arm):
+    """The best rate of an arm on dev with the first CLIP, and its cells {(arm, clip): content}, as far as they have run."""
+    cells = {(clip, rate): read_json(path) for clip in clips for rate in rates_of(arm) if os.path.isfile(path := name_of(out, clip, f"{arm} {rate:g}") + ".json")}
+
+    def merit(rate):
+        value = at_retention(cells[clips[0], rate]["curve"], .97, "dev")
+        return cells[clips[0], rate]["curve"][-1]["dev"]["pairs"] if math.isnan(value) else value  # never as low: at least this
+
+    best = max((rate for clip, rate in cells if clip == clips[0]), key=merit, default=None)
+    return best, {(arm, clip): content for (clip, rate), content in cells.items() if rate == best}
+
+
+def rates_of(arm):
+    return DIRECT_RATES if arm == "direct" else RATES
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"one CLIP, one rate: {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"the first CLIP, one rate: {', '.join(QUICK)}")
     parser.add_argument("--report", action="store_true", help="only show what has run")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--clips", nargs="+", default=["0", "1", "2"], help="seeds of make_toy.py's clip; 0 is the committed one")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="which")
+    parser.add_argument("--clips", nargs="+", choices=[str(k) for k in range(10)], default=["0", "1", "2"], metavar="SEED", help="of make_toy.py clip; 0: the committed one")
     parser.add_argument("--out", default="runs/ablation", help="the folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="runs at a time, one core each")
     args = parser.parse_args()
-    out, arms = os.path.abspath(args.out), args.arms or (QUICK if args.quick else tuple(ARMS))
-    clips = args.clips[:1] if args.quick else args.clips
-    rates = {arm: (DIRECT_RATES if arm == "direct" else RATES) for arm in arms}
-    if args.quick:
-        rates = {arm: values[1:2] for arm, values in rates.items()}
+    out, arms, clips = os.path.abspath(args.out), QUICK if args.quick else args.arms, args.clips[:1] if args.quick else args.clips
+    failures = []
     if not args.report:
+        os.makedirs(out, exist_ok=True)
+        lock = open(os.path.join(out, "lock"), "w")  # the jobs of a killed grid hold it until they have ended
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(print(f"ablate.py: another grid works in {out}: wait for it, or choose another --out", file=sys.stderr) or 2)
         draw_world(os.path.join(HERE, "data"))
         if not os.path.isdir(f"{out}/world"):
             shutil.rmtree(f"{out}/world.part", ignore_errors=True)
-            for _ in tqdm((_ for part in (write_benchmark(f"{out}/world.part/mmvp", FINAL), write_classes(f"{out}/world.part/zeroshot", FINAL_CLASSES)) for _ in part),
-                          "drawing what is measured on", 3800):
-                pass
+            for part in (write_benchmark(f"{out}/world.part/mmvp", FINAL), write_classes(f"{out}/world.part/zeroshot", FINAL_CLASSES)):
+                for _ in tqdm(part, "drawing what is measured on"):
+                    pass
             os.replace(f"{out}/world.part", f"{out}/world")
         with ProcessPoolExecutor(args.jobs) as pool:
-            run = lambda function, cells: list(tqdm(pool.map(function, *zip(*cells)), function.__name__, len(cells))) if cells else None
-            firsts = list(dict.fromkeys((out, clips[0], arm) for arm in arms if ARMS[arm][1] is not None))
-            distinct = list({(ARMS[arm][0], ARMS[arm][1]): (out, clip, arm) for out, clip, arm in firsts}.values())
-            run(stage1, distinct)
-            run(cell, [(out, clips[0], arm, rate) for arm in arms for rate in rates[arm]])
-            best = {arm: choose(out, clips, arm, rates[arm])[0] for arm in arms}
-            run(make_clip, [(out, clip) for clip in [*clips[1:], *([] if args.quick else ["full"])]])
-            more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if arm in KEY or k == 0] + ([] if args.quick else [("full", "rf")])
-            run(stage1, list({(clip, *ARMS[arm][:2]): (out, clip, arm) for clip, arm in more}.values()))
-            run(cell, [(out, clip, arm, best[arm]) for clip, arm in more if arm in best])
-    report({key: value for arm in arms for key, value in choose(out, [*clips, "full"], arm, rates[arm])[1].items()})
+            def run(function, calls):  # {what tells them apart: arguments}
+                for future in tqdm([pool.submit(function, out, *arguments) for arguments in calls.values()], function.__name__):
+                    try:
+                        future.result()
+                    except RuntimeError as error:
+                        failures.append(str(error))
+
+            def stages(some):  # stage 1 for each distinct set of its flags
+                run(stage1, {(clip, *ARMS[arm][:2]): (clip, arm) for clip, arm in some if ARMS[arm][1] is not None})
+
+            full = ["full"] if "rf" in arms and not args.quick else []
+            run(prepare, {clip: (clip,) for clip in [*clips, *full]})
+            stages([(clips[0], arm) for arm in arms])
+            run(cell, {(arm, rate): (clips[0], arm, rate) for arm in arms for rate in (rates_of(arm)[1:2] if args.quick else rates_of(arm))})
+            best = {arm: choose(out, clips, arm)[0] for arm in arms}
+            more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if best[arm] and (arm in KEY or k == 0)] + [(clip, "rf") for clip in full if best["rf"]]
+            stages(more)
+            run(cell, {(clip, arm): (clip, arm, best[arm]) for clip, arm in more})
+    report({key: content for arm in ARMS for key, content in choose(out, [*clips, "full"], arm)[1].items()}, out)
+    if failures:
+        sys.exit(print(*(f"ablate.py: {failure}" for failure in failures), sep="\n", file=sys.stderr) or 1)
 
 
 if __name__ == "__main__":
