@@ -543,14 +543,16 @@ class Perceiver(nn.Module):
     def forward(self, indices, mask, context):
         """Logits (mask.sum(), n_embed) of the masked positions, in row-major order.
 
-        indices (B, N), of which those under the mask are not read; mask (B, N) bool, True = predict; context (B, L, width).
+        indices (B, N), of which those under the mask are not read; mask (B, N) bool, True = predict, on the host or on the model's
+        device; context (B, L, width).
         """
+        where, mask = positions(mask, indices.device), mask.to(indices.device, non_blocking=True)
         x = self.token_in(F.embedding(indices.masked_fill(mask, 0), self.codebook))
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + token_positions(indices.shape[1], self.config.width, indices.device)
         for layer in self.layers:
             x = run_block(self, layer, x, context)
-        return self.head(self.norm(x[mask]))  # never made for the unmasked: the codebook is wide
+        return self.head(self.norm(x.flatten(0, 1).index_select(0, where)))  # never made for the unmasked: the codebook is wide
 
 
 def sample_masks(b, n, low, high, generator=None, device=None):
@@ -561,13 +563,19 @@ def sample_masks(b, n, low, high, generator=None, device=None):
     return order < count
 
 
+def positions(mask, device):
+    """Where a mask is True: flat indices in row-major order, on `device`. Of a mask on the host this takes no synchronisation."""
+    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+
 def masked_token_loss(logits, indices, mask, reduction="mean"):
     """Eq. 4: - log p(s_i | unmasked tokens, condition), averaged over each sample's masked tokens, then (unless "none") over samples.
 
     logits (mask.sum(), K), indices (B, N), mask (B, N). By sample first, so that accumulation and DDP equal one process.
     """
-    loss = F.cross_entropy(logits.float(), indices[mask], reduction="none")
-    loss = torch.zeros(mask.shape, device=loss.device).masked_scatter(mask, loss).sum(1) / mask.sum(1)
+    where = positions(mask, logits.device)
+    loss = F.cross_entropy(logits.float(), indices.flatten().index_select(0, where), reduction="none")
+    loss = torch.zeros(mask.numel(), device=loss.device).scatter(0, where, loss).view(mask.shape).sum(1) / mask.sum(1).to(loss.device)
     return loss if reduction == "none" else loss.mean()
 
 
@@ -660,8 +668,8 @@ class GenHancer(nn.Module):
             losses = rectified_flow_loss(self.denoiser, latents, t=self.levels, noise=torch.randn_like(latents), reduction="none", **condition)
         else:
             indices = target.flatten(1)                                                   # (B, N)
-            mask = sample_masks(*indices.shape, *self.mask_ratio, device=images.device)
-            self.levels = mask.float().mean(1)
+            mask = sample_masks(*indices.shape, *self.mask_ratio)                         # on the host, which thereby knows how many
+            self.levels = mask.float().mean(1).to(images.device, non_blocking=True)
             losses = masked_token_loss(self.denoiser(indices, mask, **condition), indices, mask, reduction="none")
         self.losses = losses.detach()
         return losses.mean()
