@@ -434,13 +434,18 @@ def writing(path, s):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # of open, torch.save and safetensors
         shutil.rmtree(f"{path}.part", ignore_errors=True)
-        raise Halt(f"{path} could not be written ({str(error).splitlines()[0]}); the newest checkpoint is {(checkpoints(s.folder) or ['none'])[-1]}: "
+        raise Halt(f"{path} could not be written ({str(error).splitlines()[0]}); the newest checkpoint is {newest(s.folder)}: "
                    "make room and run the same command again") from None
 
 
 def checkpoints(folder):
     """The checkpoints under a stage's folder, oldest first."""
     return sorted(path for path in glob.glob(os.path.join(glob.escape(folder), "step-*")) if not path.endswith(".part"))
+
+
+def newest(folder):
+    """The newest checkpoint's path, or "none", for a message."""
+    return (checkpoints(folder) or ["none"])[-1]
 
 
 def save_checkpoint(s, step, model, optimizer, bad):
@@ -583,7 +588,7 @@ class Log:
     def flush(self, step, epoch, grad_norm, lr, heldout=("", "")):
         """Write a row. Returns the signal that asks the run to stop, or 0; raises Halt, on all ranks, at a NaN or at too many bad images."""
         if not math.isfinite(grad_norm):  # the same on all ranks
-            raise Halt(f"the gradient is not finite at step {step}; the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: "
+            raise Halt(f"the gradient is not finite at step {step}; the newest checkpoint is {newest(self.s.folder)}: "
                        "lower --lr, or try --precision fp32, in another --out")
         own = torch.cat([self.sums.flatten(), self.sums.new_tensor([max(STOP, default=0), self.new_bad, self.seen]), self.fault[None], self.finite[None]])
         ranks = [torch.empty_like(own) for _ in range(WORLD)] if WORLD > 1 else [own]
@@ -593,7 +598,7 @@ class Log:
         sums, (stop, bad, seen, fault, finite) = ranks[:, :-5].sum(0).view(2, self.BINS), ranks[:, -5:].T
         for rank in (fault >= 0).nonzero().flatten().tolist():
             raise Halt(f"the loss of rank {rank} is not finite at step {int(fault[rank]) + 1} (the last finite one was {finite[rank]:.4f}); "
-                       f"the newest checkpoint is {(checkpoints(self.s.folder) or ['none'])[-1]}: lower --lr, or try --precision fp32, in another --out")
+                       f"the newest checkpoint is {newest(self.s.folder)}: lower --lr, or try --precision fp32, in another --out")
         self.bad, self.window = self.bad + int(bad.sum()), self.window + (float(bad.sum()), float(seen.sum()))
         if self.window[1] >= self.WINDOW:
             if self.window[0] > 0.1 * self.window[1]:
@@ -667,8 +672,8 @@ def write_result(s, model, path):
     barrier()
 
 
-RUNTIME = {"stage", "result", "out", "folder", "data", "val", "benchmark", "zeroshot", "epochs", "accum", "workers", "save_every", "sample_every", "log_every", "export_every",
-           "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan", "init"}  # what may differ, or move, when a run goes on
+RUNTIME = {"stage", "result", "out", "folder", "data", "val", "benchmark", "zeroshot", "epochs", "accum", "workers", "save_every", "sample_every",
+           "log_every", "export_every", "compile", "shard", "grad_checkpoint", "clip_weights", "vae", "vqgan", "init"}  # what may differ, or move, when a run goes on
 
 
 def crc(path):

@@ -127,11 +127,16 @@ def name_of(out, clip, name):
     return os.path.join(out, f"clip-{clip}", name.replace("--", "").replace(" ", "_"))
 
 
+def stage1_folder(out, clip, arm):
+    """Where an arm's stage 1 lies: named by its flags, so that arms which differ in stage 2 only share it."""
+    both, one, _ = ARMS[arm]
+    return name_of(out, clip, f"stage 1 {both} {one}".rstrip())
+
+
 def stage1(out, clip, arm):
     """Stage 1 of an arm, which train.py finds finished if it is."""
-    both, one, _ = ARMS[arm]
-    folder = name_of(out, clip, f"stage 1 {both} {one}".rstrip())
-    call(f"{folder}.log", "train.py --preset toy --stage 1", both, one, clip_weights=weights_of(out, clip), out=folder)
+    folder = stage1_folder(out, clip, arm)
+    call(f"{folder}.log", "train.py --preset toy --stage 1", *ARMS[arm][:2], clip_weights=weights_of(out, clip), out=folder)
 
 
 def cell(out, clip, arm, rate):
@@ -147,7 +152,7 @@ def cell(out, clip, arm, rate):
     if one is None:
         line = call(f"{path}.log", f"train.py --preset toy --stage e2e --steps {STEPS * 3 // 2}", *flags, clip_weights=weights, out=path)
     else:
-        start = name_of(out, clip, f"stage 1 {both} {one}".rstrip()) + "/stage1/last.safetensors"
+        start = os.path.join(stage1_folder(out, clip, arm), "stage1", "last.safetensors")
         line = call(f"{path}.log", f"train.py --preset toy --stage 2 --steps {STEPS}", *flags, clip_weights=weights, out=path, init=start)
     with open(os.path.join(path, "e2e" if one is None else "stage2", "log.csv"), newline="") as file:
         heldout = {int(row["step"]): float(row["heldout"]) for row in csv.DictReader(file) if row["heldout"]}
