@@ -31,6 +31,7 @@ from torch import nn
 import eval_mmvp
 import genhancer as gh
 import toy.ablate as ablate
+import toy.make_toy as make_toy
 import train
 import vqgan as vq
 from vae import AutoEncoder, AutoEncoderConfig, UserError, load_vae
@@ -1339,9 +1340,21 @@ def test_ablations_compare_at_equal_retention():
 
 def test_ablations_decide_by_student_over_clips():
     mean, half, words = ablate.interval([1.0, 2.0, math.nan, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5) and words == "+2.0 ± 2.5"    # two degrees of freedom
-    assert ablate.interval([1.0, 2.0])[2] == "+1.5 (2 CLIPs)" and ablate.interval([math.nan])[2] == "not reached"
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5) and words == "+2.0 ± 2.5 (3 of 4)"    # two degrees of freedom
+    assert ablate.interval([1.0, 2.0])[2] == "+1.5" and ablate.interval([math.nan])[2] == "not reached"
     for expected, values, says in ((-1, [-3, -3.1, -2.9], "reproduces"), (-1, [3, 3.1, 2.9], "does not"), (-1, [-3, 3, 0], "undecided"), (1, [3, 3.1, 2.9], "reproduces"),
                                    (0, [.1, -.1, 0], "reproduces"), (0, [5, 5.1, 4.9], "does not"), (0, [1.6, 1.8, 2], "undecided"), ("<=", [-5, -5.1, -4.9], "reproduces"),
                                    ("<=", [5, 5.1, 4.9], "does not"), (-1, [-9, -9], "undecided (too few CLIPs)")):
         assert ablate.verdict(values, expected) == says, values
+
+
+def test_the_ablations_reader_reads_what_is_linear_in_its_features_and_nothing_else():
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    scenes = [make_toy.sample_scene(rng) for _ in range(600)]
+    sunny = torch.tensor([[scene["presence"] == "sunny"] for scene in scenes]).float()
+    features = torch.cat([3 + 2 * sunny @ torch.randn(1, 6, generator=generator), torch.randn(600, 4, generator=generator)], dim=1)
+    right = ablate.percent(ablate.fit_reader(features[:400], scenes[:400], 1e-2)(features[400:], scenes[400:]))
+    assert right.keys() == make_toy.VALUES.keys() and right.pop("presence") == 100
+    for attribute, percent in right.items():
+        chance = 100 / len(make_toy.VALUES[attribute])
+        assert abs(percent - chance) < 4 * (chance * (100 - chance) / 200) ** .5, attribute    # four standard errors of 200 draws

@@ -3,6 +3,7 @@
     python toy/ablate.py --quick      # one CLIP and the main rows, about 15 minutes on 2 cores
     python toy/ablate.py              # the grid: hours. A killed grid goes on where it was
     python toy/ablate.py --report     # the tables and runs/ablation/ablation.svg of what has run so far
+    python toy/ablate.py --visible runs/toy-rf     # what the reconstructions of a finished train.py --preset toy show, and a picture of it
 
 Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that differ in stage 2 only), then stage 2 with a CLIP saved every
 100 steps, each scored on two benchmarks and on two sets of category images. The rate of an arm is the one of three with the highest accuracy
@@ -23,16 +24,18 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from eval_mmvp import encode_images, evaluate, exact_float32  # noqa: E402
 from genhancer import load_clip  # noqa: E402
-from toy.make_toy import VALUES, Image, draw_part, draw_world, tqdm, write_benchmark, write_classes  # noqa: E402
-from train import write_json  # noqa: E402
+from toy.make_toy import VALUES, draw_part, draw_world, tqdm, write_benchmark, write_classes  # noqa: E402
+from train import build_model, checkpoints, load_file, parse_args, seed_draws, stage_settings, write_json  # noqa: E402
 
 FINAL, FINAL_CLASSES, PROBE = 101, 102, 103  # seeds of what the table is measured on, drawn by nothing else
 STEPS, EVERY = 400, 100
+SAME = "--precision fp32"  # whether or not the CPU has bf16
 RATES, DIRECT_RATES = (1e-4, 2e-4, 4e-4), (1e-5, 3e-5, 1e-4)
 # arm: (flags of both stages, of stage 1, of stage 2)
 ARMS = {
@@ -136,13 +139,13 @@ def stage1_folder(out, clip, arm):
 def stage1(out, clip, arm):
     """Stage 1 of an arm, which train.py finds finished if it is."""
     folder = stage1_folder(out, clip, arm)
-    call(f"{folder}.log", "train.py --preset toy --stage 1", *ARMS[arm][:2], clip_weights=weights_of(out, clip), out=folder)
+    call(f"{folder}.log", "train.py --preset toy --stage 1", SAME, *ARMS[arm][:2], clip_weights=weights_of(out, clip), out=folder)
 
 
 def cell(out, clip, arm, rate):
     """Train, score the curve and write one JSON, unless it is there."""
     path, weights, (both, one, two) = name_of(out, clip, f"{arm} {rate:g}"), weights_of(out, clip), ARMS[arm]
-    flags = (both, two, f"--lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
+    flags = (both, two, f"{SAME} --lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
     with open(weights, "rb") as file:
         what = {"clip": clip, "arm": arm, "rate": rate, "flags": " ".join([*flags, str(one), str(STEPS)]), "crc": zlib.crc32(file.read())}
     if os.path.isfile(f"{path}.json"):
@@ -177,20 +180,75 @@ def score(out, weights):
     return result
 
 
+def fit_reader(features, scenes, ridge):
+    """Ridge regression of features (N, D) to each attribute, one-hot: a function (features, scenes) -> {attribute: (N,) bool, read rightly}."""
+    center = features.mean(0)
+    widen = lambda x: torch.cat([x - center, torch.ones(len(x), 1)], dim=1).double()
+    labels = lambda attribute, some: torch.tensor([VALUES[attribute].index(scene[attribute]) for scene in some])
+    x = widen(features)
+    square = x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.double)
+    maps = {attribute: torch.linalg.solve(square, x.T @ torch.eye(len(values), dtype=torch.double)[labels(attribute, scenes)]) for attribute, values in VALUES.items()}
+    return lambda features, some: {attribute: (widen(features) @ map_).argmax(1) == labels(attribute, some) for attribute, map_ in maps.items()}
+
+
+def percent(right):
+    return {attribute: 100 * of.double().mean().item() for attribute, of in right.items()}
+
+
 @exact_float32()
-def probe(weights, images=3000, ridge=1e-2):
-    """{attribute: percent}: a linear probe (ridge regression to one-hot) on [CLS], fitted to two thirds of new images, tested on the rest."""
+def probe(weights):
+    """{attribute: percent}: a linear probe on [CLS], fitted to 2,000 new images, tested on 1,000 more."""
     clip, preprocess, _ = load_clip("toy", weights)
-    drawn = [(preprocess(Image.fromarray(pixels)), scene) for pixels, scene in draw_part(PROBE, range(images))]
-    features, _ = encode_images(clip, [(x, i) for i, (x, _) in enumerate(drawn)], 100)
-    features = torch.cat([features - features.mean(0), torch.ones(images, 1)], dim=1).double()
-    fit, test, result = slice(0, images * 2 // 3), slice(images * 2 // 3, images), {}
+    pixels, scenes = zip(*draw_part(PROBE, range(3000)))
+    features, _ = encode_images(clip, [(preprocess(Image.fromarray(x)), i) for i, x in enumerate(pixels)], 100)
+    return percent(fit_reader(features[:2000], scenes[:2000], 1e-2)(features[2000:], scenes[2000:]))
+
+
+@torch.no_grad()
+@exact_float32()
+def visible(run, path, columns=8):
+    """What the reconstructions of a finished `train.py --preset toy` show, from the original [CLS] after stage 1 and from the enhanced one after stage 2.
+
+    Prints how often each attribute is read rightly off 1,000 of them by a linear reader, fitted to the pixels of 2,000 other images as the VAE
+    decodes them. Draws, for the four attributes that gain most, the first two images that are read wrongly before and rightly after.
+    """
+    core = build_model(stage_settings(parse_args(["--preset", "toy", "--precision", "fp32", "--out", run]), 2), torch.device("cpu"))  # LoRA is still 0
+    pixels, scenes = zip(*draw_part(PROBE, range(3000)))
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+
+    def through(function, some):
+        seed_draws(0)  # the same noise for both
+        return torch.cat([function(x) for x in tqdm(some.split(100), "reconstructing", leave=False)])
+
+    flat = lambda x: torch.nn.functional.avg_pool2d(x, 2).flatten(1)
+    decoded = through(lambda x: core.tokenizer.decode(core.tokenizer.encode(2 * x - 1)) / 2 + 0.5, images)
+    reader, images, scenes = fit_reader(flat(decoded[:2000]), scenes[:2000], 10), images[2000:], scenes[2000:]
+    before = through(core.reconstruct, images)
+    core.load_state_dict(load_file(os.path.join(checkpoints(os.path.join(run, "stage2"))[-1], "model.safetensors")), strict=False)
+    after = through(core.reconstruct, images)
+    right = [reader(flat(x), scenes) for x in (decoded[2000:], before, after)]
+    print("\n| attribute | chance | the image itself | reconstruction, original [CLS] | enhanced [CLS] |\n|" + "---|" * 5)
     for attribute, values in VALUES.items():
-        labels = torch.tensor([values.index(scene[attribute]) for _, scene in drawn])
-        x, y = features[fit], torch.eye(len(values), dtype=torch.double)[labels[fit]]
-        solution = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.double), x.T @ y)
-        result[attribute] = 100 * ((features[test] @ solution).argmax(1) == labels[test]).double().mean().item()
-    return result
+        print(f"| {attribute} | {100 / len(values):.0f} | " + " | ".join(f"{percent(of)[attribute]:.1f}" for of in right) + " |")
+    gains = {attribute: percent(right[2])[attribute] - percent(right[1])[attribute] for attribute in VALUES}
+    best = sorted(gains, key=gains.get, reverse=True)[:columns // 2]
+    picked = {}  # image: attribute
+    for attribute in best:
+        new = [i for i in (right[2][attribute] & ~right[1][attribute]).nonzero().flatten().tolist() if i not in picked]
+        picked |= dict.fromkeys(new[:2], attribute)
+    sheet = Image.new("RGB", (150 + 122 * len(picked), 3 * 122 + 24), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.font = ImageFont.load_default(13)
+    for row, (title, source) in enumerate((("image", images), ("reconstruction\nfrom the\noriginal [CLS]", before), ("reconstruction\nfrom the\nenhanced [CLS]", after))):
+        pen.multiline_text((8, 122 * row + 45), title, "black")
+        for k, i in enumerate(picked):
+            tile = Image.fromarray((source[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+            sheet.paste(tile.resize((120, 120), Image.Resampling.NEAREST), (150 + 122 * k, 122 * row))
+    pen.text((8, 3 * 122 + 4), "what became visible", "black")
+    for k, (i, attribute) in enumerate(picked.items()):
+        pen.text((152 + 122 * k, 3 * 122 + 4), scenes[i][attribute], "black")
+    sheet.save(path)
+    print(f"{path}: of each of {', '.join(best)}, the first two images that are read wrongly before and rightly after")
 
 
 def at_retention(curve, retention, part="test"):
@@ -208,13 +266,13 @@ def at_step(curve):
 
 
 def interval(values):
-    """Mean and half-width of Student's 95 % interval over CLIPs (NaN below three), and both in words; values that are NaN are left out."""
-    values = [value for value in values if not math.isnan(value)]
+    """Mean and half-width of Student's 95 % interval over CLIPs (NaN below three), and both in words; values that are NaN are left out, and counted."""
+    asked, values = len(values), [value for value in values if not math.isnan(value)]
     if not values:
         return math.nan, math.nan, "not reached"
-    mean = float(np.mean(values))
+    mean, of = float(np.mean(values)), f" ({len(values)} of {asked})" if len(values) < asked else ""
     half = T95[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 2 else math.nan
-    return mean, half, f"{mean:+.1f} ± {half:.1f}" if len(values) > 2 else f"{mean:+.1f} ({len(values)} CLIP{'s' * (len(values) > 1)})"
+    return mean, half, f"{mean:+.1f}" + (f" ± {half:.1f}" if len(values) > 2 else "") + of
 
 
 def verdict(values, expected):
@@ -239,15 +297,21 @@ def report(chosen, out):
         change = lambda key: f"{np.mean([at_step(c)['test'][key] - c[0]['test'][key] for c in curves]):+.1f}"
         print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {', '.join(clips(arm))} | {change('pairs')} | {change('zeroshot')} | "
               f"{np.mean([at_step(c)['heldout'] for c in curves]):.3f} | " + " | ".join(interval([gain(c, r) for c in curves])[2] for r in (.98, .97, .95)) + " |")
-    print(f"\n| claim | the paper | here, at equal steps | at retention .98 | .97 | .95 | verdict at .97 (margin {MARGIN:g}) |\n|" + "---|" * 7)
+    print(f"\n| claim | the paper | CLIPs | here, at equal steps | at retention .98 | .97 | .95 | verdict at .97 (margin {MARGIN:g}) | `toy/ablate.py --arms` |\n|" + "---|" * 9)
     for arm, reference, claim, paper, expected in CLAIMS:
         pairs = [(chosen[arm, clip]["curve"], chosen[reference, clip]["curve"]) for clip in clips(arm) if (reference, clip) in chosen]
         if not pairs:
-            print(f"| {claim} | {paper} | not run | | | | |")
+            print(f"| {claim} | {paper} | not run | | | | | | |")
             continue
         columns = [[at_step(a)["test"]["pairs"] - at_step(b)["test"]["pairs"] for a, b in pairs]]
         columns += [[at_retention(a, r) - at_retention(b, r) for a, b in pairs] for r in (.98, .97, .95)]
-        print(f"| {claim} | {paper} | " + " | ".join(interval(values)[2] for values in columns) + f" | {verdict(columns[2], expected)} |")
+        print(f"| {claim} | {paper} | {len(pairs)} | " + " | ".join(interval(values)[2] for values in columns) + f" | {verdict(columns[2], expected)} | `{reference} \"{arm}\"` |")
+    for arm in [arm for arm in ("rf", "perceiver") if arm in arms]:
+        curves = [chosen[arm, clip]["curve"] for clip in clips(arm)]
+        print(f"\n| {arm}, steps of stage 2 | held-out loss | pairs gained | zero-shot change |\n|" + "---|" * 4)
+        for points in zip(*(curve[1:] for curve in curves)):
+            changes = [[point["test"][key] - curve[0]["test"][key] for point, curve in zip(points, curves)] for key in ("pairs", "zeroshot")]
+            print(f"| {points[0]['step']} | {np.mean([point['heldout'] for point in points]):.3f} | " + " | ".join(interval(values)[2] for values in changes) + " |")
     for run in (run for (arm, _), run in chosen.items() if arm == "rf"):
         before, after = run["curve"][0]["test"], at_step(run["curve"])["test"]
         print(f"\nCLIP {run['clip']}, rf: zero-shot {before['zeroshot']:.1f} -> {after['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
@@ -302,12 +366,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"the first CLIP, one rate: {', '.join(QUICK)}")
     parser.add_argument("--report", action="store_true", help="only show what has run")
+    parser.add_argument("--visible", metavar="RUN", help="a finished train.py --preset toy: what its reconstructions show, into a table and RUN/visible.png")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="which")
     parser.add_argument("--clips", nargs="+", choices=[str(k) for k in range(10)], default=["0", "1", "2"], metavar="SEED", help="of make_toy.py clip; 0: the committed one")
     parser.add_argument("--out", default="runs/ablation", help="the folder of the runs")
     parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="runs at a time, one core each")
     args = parser.parse_args()
     out, arms, clips = os.path.abspath(args.out), QUICK if args.quick else args.arms, args.clips[:1] if args.quick else args.clips
+    if args.visible:
+        if not checkpoints(os.path.join(args.visible, "stage2")) or not os.path.isfile(os.path.join(args.visible, "stage1", "last.safetensors")):
+            sys.exit(print(f"ablate.py: no finished stage 2 in {args.visible}: run train.py --preset toy --out {args.visible} first", file=sys.stderr) or 2)
+        return visible(args.visible, os.path.join(args.visible, "visible.png"))
     failures = []
     if not args.report:
         os.makedirs(out, exist_ok=True)
@@ -324,24 +393,23 @@ def main():
                     pass
             os.replace(f"{out}/world.part", f"{out}/world")
         with ProcessPoolExecutor(args.jobs) as pool:
-            def run(function, calls):  # {what tells them apart: arguments}
-                for future in tqdm([pool.submit(function, out, *arguments) for arguments in calls.values()], function.__name__):
+            def run(what, calls):  # (function, its arguments)
+                for future in tqdm([pool.submit(function, out, *arguments) for function, *arguments in calls], what):
                     try:
                         future.result()
                     except RuntimeError as error:
                         failures.append(str(error))
 
             def stages(some):  # stage 1 for each distinct set of its flags
-                run(stage1, {(clip, *ARMS[arm][:2]): (clip, arm) for clip, arm in some if ARMS[arm][1] is not None})
+                return [(stage1, *call) for call in {(clip, *ARMS[arm][:2]): (clip, arm) for clip, arm in some if ARMS[arm][1] is not None}.values()]
 
             full = ["full"] if "rf" in arms and not args.quick else []
-            run(prepare, {clip: (clip,) for clip in [*clips, *full]})
-            stages([(clips[0], arm) for arm in arms])
-            run(cell, {(arm, rate): (clips[0], arm, rate) for arm in arms for rate in (rates_of(arm)[1:2] if args.quick else rates_of(arm))})
+            run("CLIPs, and stage 1 of the first", [*((prepare, clip) for clip in [*clips, *full]), *stages([(clips[0], arm) for arm in arms])])
+            run("stage 2 of the first", [(cell, clips[0], arm, rate) for arm in arms for rate in (rates_of(arm)[1:2] if args.quick else rates_of(arm))])
             best = {arm: choose(out, clips, arm)[0] for arm in arms}
             more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if best[arm] and (arm in KEY or k == 0)] + [(clip, "rf") for clip in full if best["rf"]]
-            stages(more)
-            run(cell, {(clip, arm): (clip, arm, best[arm]) for clip, arm in more})
+            run("stage 1 of the others", stages(more))
+            run("stage 2 of the others", [(cell, clip, arm, best[arm]) for clip, arm in more])
     report({key: content for arm in ARMS for key, content in choose(out, [*clips, "full"], arm)[1].items()}, out)
     if failures:
         sys.exit(print(*(f"ablate.py: {failure}" for failure in failures), sep="\n", file=sys.stderr) or 1)
