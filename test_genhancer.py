@@ -1338,14 +1338,41 @@ def test_ablations_compare_at_equal_retention():
     assert ablate.at_retention(curve, .98) == pytest.approx(50 + 4 * .8) and math.isnan(ablate.at_retention(curve, .9))
 
 
-def test_ablations_decide_by_student_over_clips():
+def test_ablations_give_students_interval_over_clips():
     mean, half, words = ablate.interval([1.0, 2.0, math.nan, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3 ** .5) and words == "+2.0 ± 2.5 (3 of 4)"    # two degrees of freedom
     assert ablate.interval([1.0, 2.0])[2] == "+1.5" and ablate.interval([math.nan])[2] == "not reached"
-    for expected, values, says in ((-1, [-3, -3.1, -2.9], "reproduces"), (-1, [3, 3.1, 2.9], "does not"), (-1, [-3, 3, 0], "undecided"), (1, [3, 3.1, 2.9], "reproduces"),
-                                   (0, [.1, -.1, 0], "reproduces"), (0, [5, 5.1, 4.9], "does not"), (0, [1.6, 1.8, 2], "undecided"), ("<=", [-5, -5.1, -4.9], "reproduces"),
-                                   ("<=", [5, 5.1, 4.9], "does not"), (-1, [-9, -9], "undecided (too few CLIPs)")):
-        assert ablate.verdict(values, expected) == says, values
+    mean, half, words = ablate.interval([1.0, 2.0], noise=(0.5, 17))                                  # of differences, by the pooled spread
+    assert half == pytest.approx(2.131 * 0.5) and words == "+1.5 ± 1.1" and ablate.interval([1.0], noise=(0.5, 17))[2] == "+1.0"
+
+
+def test_ablations_pool_what_neither_arm_nor_clip_explains():
+    table = np.random.default_rng(0).normal(size=(5, 3))
+    noise, dof = ablate.residual({(f"arm {i}", f"clip {j}"): table[i, j] + 10 * i + 100 * j for i in range(5) for j in range(3)})
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    assert dof == 8 and noise == pytest.approx((rest ** 2).sum() ** .5 / 8 ** .5)                     # the closed form of a balanced table
+    assert ablate.residual({("a", "0"): 1.0, ("a", "1"): 2.0, ("b", "0"): 4.0, ("b", "1"): math.nan})[1] == 0
+
+
+def test_ablations_reach_a_verdict_only_where_the_interval_allows_it():
+    for expected, mean, half, says in ((-1, -3, 1, "reproduces"), (-1, 3, 1, "does not"), (-1, -3, 4, "undecided"), (1, 3, 1, "reproduces"), (0, 0, 1.9, "reproduces"),
+                                       (0, 5, 1, "does not"), (0, 1.8, 1, "undecided"), ("<=", -5, 1, "reproduces"), ("<=", 5, 1, "does not"), (-1, -9, math.nan, "undecided (too few CLIPs)")):
+        assert ablate.verdict(mean, half, expected) == says, (expected, mean, half)
+
+
+def test_ablations_remember_a_result_by_what_it_depends_on(tmp_path):
+    class Slow:
+        calls = 0
+
+        def double(self, x):
+            self.calls += 1
+            return 2 * x, []
+
+    ablate.remember(Slow, "double", str(tmp_path), lambda _, x: np.ascontiguousarray(x))
+    slow, x = Slow(), torch.randn(3, 4)
+    for value in (x, x.clone(), x + 1, x + 1):
+        assert torch.equal(slow.double(value)[0], 2 * value)
+    assert slow.calls == 2 and len(os.listdir(tmp_path)) == 2
 
 
 def test_the_ablations_reader_reads_what_is_linear_in_its_features_and_nothing_else():

@@ -2,7 +2,7 @@
 
     python toy/ablate.py --quick      # one CLIP and the main rows, about 15 minutes on 2 cores
     python toy/ablate.py              # the grid: hours. A killed grid goes on where it was
-    python toy/ablate.py --report     # the tables and runs/ablation/ablation.svg of what has run so far
+    python toy/ablate.py --report     # the tables, ablation.svg and ablation.csv of what has run so far
     python toy/ablate.py --visible runs/toy-rf     # what the reconstructions of a finished train.py --preset toy show, and a picture of it
 
 Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that differ in stage 2 only), then stage 2 with a CLIP saved every
@@ -99,7 +99,9 @@ CLAIMS = (  # (arm, of what, the claim, the paper's numbers, how the arm should 
     ("stage 1: 1700 steps", "rf", "Fig. 1b: better reconstruction is no better representation", "a figure only", "<="),
     ("shuffled target", "rf", "control: another image's [CLS]", "none", -1),
 )
-T95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, two-sided 95 %, by degrees of freedom
+CLIPS = tuple("0123456789")  # seeds of make_toy.py clip; 0: the committed one
+CONTROL, RETENTIONS = "shuffled target", (.98, .97, .95)
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042}
 MARGIN = 2.0  # points: what "about as well" and "no better" allow
 
 
@@ -154,6 +156,10 @@ def memory_of(out):
 def read_json(path):
     with open(path) as file:
         return json.load(file)
+
+
+def quoted(arm):
+    return f'"{arm}"' if " " in arm else arm
 
 
 def weights_of(out, clip):
@@ -318,19 +324,45 @@ def at_step(curve):
     return next(point for point in curve if point["step"] == STEPS)
 
 
-def interval(values):
-    """Mean and half-width of Student's 95 % interval over CLIPs (NaN below three), and both in words; values that are NaN are left out, and counted."""
+def t95(dof):
+    """Student's t, two-sided 95 %, at these degrees of freedom or the next fewer in the table."""
+    return T95[max(key for key in T95 if key <= dof)]
+
+
+def residual(values):
+    """Randomised blocks: the standard deviation of what neither the arm nor the CLIP explains of {(arm, clip): value}, and its degrees of freedom.
+
+    The least-squares fit of value = the arm's + the CLIP's; NaNs are left out. (NaN, 0) where nothing is left to judge by.
+    """
+    values = {key: value for key, value in values.items() if not math.isnan(value)}
+    columns = [sorted({key[k] for key in values}) for k in (0, 1)]
+    design = np.array([[float(part == level) for part, levels in zip(key, columns) for level in levels] for key in values])
+    if not values:
+        return math.nan, 0
+    seen = np.array(list(values.values()))
+    solution, _, rank, _ = np.linalg.lstsq(design, seen, rcond=None)
+    dof = len(seen) - int(rank)
+    return (float(np.linalg.norm(seen - design @ solution)) / dof ** 0.5, dof) if dof else (math.nan, 0)
+
+
+def interval(values, noise=None):
+    """Mean and half-width of the 95 % interval over CLIPs, and both in words; values that are NaN are left out, and counted.
+
+    By the values' own spread (three or more), or, for differences of two arms, by `noise`, what `residual` says of all arms (two or more).
+    """
     asked, values = len(values), [value for value in values if not math.isnan(value)]
     if not values:
         return math.nan, math.nan, "not reached"
-    mean, of = float(np.mean(values)), f" ({len(values)} of {asked})" if len(values) < asked else ""
-    half = T95[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 2 else math.nan
-    return mean, half, f"{mean:+.1f}" + (f" ± {half:.1f}" if len(values) > 2 else "") + of
+    n, mean, half, of = len(values), float(np.mean(values)), math.nan, f" ({len(values)} of {asked})" if len(values) < asked else ""
+    if noise and noise[1] and n > 1:
+        half = t95(noise[1]) * noise[0] * (2 / n) ** 0.5
+    elif not noise and n > 2:
+        half = t95(n - 1) * float(np.std(values, ddof=1)) / n ** 0.5
+    return mean, half, f"{mean:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}") + of
 
 
-def verdict(values, expected):
-    """Whether a difference over CLIPs is as the paper's: lower (-1), higher (1), about the same (0) or not higher ("<=")."""
-    mean, half, _ = interval(values)
+def verdict(mean, half, expected):
+    """Whether a difference is as the paper's: lower (-1), higher (1), about the same (0) or not higher ("<=")."""
     if math.isnan(half):
         return "undecided (too few CLIPs)"
     low, high = mean - half, mean + half
@@ -341,36 +373,47 @@ def verdict(values, expected):
 
 def report(chosen, out):
     """Print the tables of the chosen cells {(arm, clip): cell}, and draw them."""
-    arms = [arm for arm in ARMS if any(a == arm and clip != "full" for a, clip in chosen)]
-    clips = lambda arm: [clip for a, clip in chosen if a == arm and clip != "full"]
-    gain = lambda curve, retention: at_retention(curve, retention) - curve[0]["test"]["pairs"]
-    print(f"\n| arm | LoRA's rate | CLIPs | pairs gained after {STEPS} steps | zero-shot change | held-out loss | pairs gained at retention .98 | .97 | .95 |\n|" + "---|" * 9)
+    curves = {key: run["curve"] for key, run in chosen.items() if key[1] != "full"}
+    arms, clips = list(dict.fromkeys(arm for arm, _ in curves)), lambda arm: [clip for a, clip in curves if a == arm]
+    gained = [{key: at_step(c)["test"]["pairs"] - c[0]["test"]["pairs"] for key, c in curves.items()}]
+    gained += [{key: at_retention(c, r) - c[0]["test"]["pairs"] for key, c in curves.items()} for r in RETENTIONS]
+    print(f"\n| arm | LoRA's rate | CLIPs | zero-shot change after {STEPS} steps | held-out loss | pairs gained | at retention .98 | .97 | .95 |\n|" + "---|" * 9)
     for arm in arms:
-        curves = [chosen[arm, clip]["curve"] for clip in clips(arm)]
-        change = lambda key: f"{np.mean([at_step(c)['test'][key] - c[0]['test'][key] for c in curves]):+.1f}"
-        print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {', '.join(clips(arm))} | {change('pairs')} | {change('zeroshot')} | "
-              f"{np.mean([at_step(c)['heldout'] for c in curves]):.3f} | " + " | ".join(interval([gain(c, r) for c in curves])[2] for r in (.98, .97, .95)) + " |")
-    print(f"\n| claim | the paper | CLIPs | here, at equal steps | at retention .98 | .97 | .95 | verdict at .97 (margin {MARGIN:g}) | `toy/ablate.py --arms` |\n|" + "---|" * 9)
+        own = [curves[arm, clip] for clip in clips(arm)]
+        print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {', '.join(clips(arm))} | {np.mean([at_step(c)['test']['zeroshot'] - c[0]['test']['zeroshot'] for c in own]):+.1f} | "
+              f"{np.mean([at_step(c)['heldout'] for c in own]):.3f} | " + " | ".join(interval([column[arm, clip] for clip in clips(arm)])[2] for column in gained) + " |")
+    noise = [residual({key: value for key, value in column.items() if key[0] != CONTROL}) for column in gained]
+    print(f"\nStandard deviation of what neither arm nor CLIP explains (without the control) after {STEPS} steps, at retention .98, .97, .95: "
+          + ", ".join(f"{sd:.2f} ({dof} degrees of freedom)" for sd, dof in noise))
+    print(f"\n| the paper's claim | the paper | here, at retention .97 | .98 | .95 | after {STEPS} steps | CLIPs | verdict | `python toy/ablate.py --arms` |\n|" + "---|" * 9)
     for arm, reference, claim, paper, expected in CLAIMS:
-        pairs = [(chosen[arm, clip]["curve"], chosen[reference, clip]["curve"]) for clip in clips(arm) if (reference, clip) in chosen]
-        if not pairs:
-            print(f"| {claim} | {paper} | not run | | | | | | |")
-            continue
-        columns = [[at_step(a)["test"]["pairs"] - at_step(b)["test"]["pairs"] for a, b in pairs]]
-        columns += [[at_retention(a, r) - at_retention(b, r) for a, b in pairs] for r in (.98, .97, .95)]
-        print(f"| {claim} | {paper} | {len(pairs)} | " + " | ".join(interval(values)[2] for values in columns) + f" | {verdict(columns[2], expected)} | `{reference} \"{arm}\"` |")
+        both = [clip for clip in clips(arm) if (reference, clip) in curves]
+        after, high, equal, low = [interval([column[arm, clip] - column[reference, clip] for clip in both], of) for column, of in zip(gained, noise)]
+        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*equal[:2], expected)}" if both else "not run | | | | |")
+              + f" | `{quoted(reference)} {quoted(arm)}` |")
     for arm in [arm for arm in ("rf", "perceiver") if arm in arms]:
-        curves = [chosen[arm, clip]["curve"] for clip in clips(arm)]
         print(f"\n| {arm}, steps of stage 2 | held-out loss | pairs gained | zero-shot change |\n|" + "---|" * 4)
-        for points in zip(*(curve[1:] for curve in curves)):
-            changes = [[point["test"][key] - curve[0]["test"][key] for point, curve in zip(points, curves)] for key in ("pairs", "zeroshot")]
+        for points in zip(*(curves[arm, clip][1:] for clip in clips(arm))):
+            changes = [[point["test"][key] - curve[0]["test"][key] for point, clip in zip(points, clips(arm)) for curve in [curves[arm, clip]]] for key in ("pairs", "zeroshot")]
             print(f"| {points[0]['step']} | {np.mean([point['heldout'] for point in points]):.3f} | " + " | ".join(interval(values)[2] for values in changes) + " |")
     for run in (run for (arm, _), run in chosen.items() if arm == "rf"):
         before, after = run["curve"][0]["test"], at_step(run["curve"])["test"]
         print(f"\nCLIP {run['clip']}, rf: zero-shot {before['zeroshot']:.1f} -> {after['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
         for pattern, attribute in zip(before["patterns"], VALUES):
             print(f"| {pattern} | {before['patterns'][pattern]:.0f} | {after['patterns'][pattern]:.0f} | {run['probe']['before'][attribute]:.1f} | {run['probe']['after'][attribute]:.1f} |")
-    draw({arm: [chosen[arm, clip]["curve"] for clip in clips(arm)] for arm in arms if arm in KEY}, os.path.join(out, "ablation.svg"))
+    draw({arm: [curves[arm, clip] for clip in clips(arm)] for arm in arms if arm in KEY}, os.path.join(out, "ablation.svg"))
+
+
+def write_curves(out):
+    """out/ablation.csv: every run's curve, those of the rates that were not chosen too; pairs and zero-shot in percent, then pairs by attribute."""
+    with open(os.path.join(out, "ablation.csv"), "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "clip", "rate", "step", "heldout", *(f"{part} {name}" for part in ("dev", "test") for name in ("pairs", "zeroshot", *VALUES))])
+        for arm in ARMS:
+            for run in (read_json(path) for clip in [*CLIPS, "full"] for rate in rates_of(arm) if os.path.isfile(path := name_of(out, clip, f"{arm} {rate:g}") + ".json")):
+                for point in run["curve"]:
+                    numbers = [x for part in (point["dev"], point["test"]) for x in (part["pairs"], part["zeroshot"], *part["patterns"].values())]
+                    writer.writerow([arm, run["clip"], f"{run['rate']:g}", point["step"], point.get("heldout", ""), *(f"{x:.4g}" for x in numbers)])
 
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
@@ -421,7 +464,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="only show what has run")
     parser.add_argument("--visible", metavar="RUN", help="a finished train.py --preset toy: what its reconstructions show, into a table and RUN/visible.png")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="which")
-    parser.add_argument("--clips", nargs="+", choices=[str(k) for k in range(10)], default=["0", "1", "2"], metavar="SEED", help="of make_toy.py clip; 0: the committed one")
+    parser.add_argument("--clips", nargs="+", choices=CLIPS, default=CLIPS[:3], metavar="SEED", help="of make_toy.py clip; 0: the committed one")
     parser.add_argument("--out", default="runs/ablation", help="the folder of the runs")
     parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="runs at a time, one core each")
     args = parser.parse_args()
@@ -463,6 +506,7 @@ def main():
             more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if best[arm] and (arm in KEY or k == 0)] + [(clip, "rf") for clip in full if best["rf"]]
             run("stage 1 of the others", stages(more))
             run("stage 2 of the others", [(cell, clip, arm, best[arm]) for clip, arm in more])
+    write_curves(out)
     report({key: content for arm in ARMS for key, content in choose(out, [*clips, "full"], arm)[1].items()}, out)
     if failures:
         sys.exit(print(*(f"ablate.py: {failure}" for failure in failures), sep="\n", file=sys.stderr) or 1)
