@@ -389,7 +389,8 @@ def report(chosen, out):
     for arm, reference, claim, paper, expected in CLAIMS:
         both = [clip for clip in clips(arm) if (reference, clip) in curves]
         after, high, equal, low = [interval([column[arm, clip] - column[reference, clip] for clip in both], of) for column, of in zip(gained, noise)]
-        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*equal[:2], expected)}" if both else "not run | | | | |")
+        judged, where = (after, f" (after {STEPS} steps)") if math.isnan(equal[0]) else (equal, "")
+        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*judged[:2], expected)}{where}" if both else "not run | | | | |")
               + f" | `{quoted(reference)} {quoted(arm)}` |")
     for arm in [arm for arm in ("rf", "perceiver") if arm in arms]:
         print(f"\n| {arm}, steps of stage 2 | held-out loss | pairs gained | zero-shot change |\n|" + "---|" * 4)
@@ -474,6 +475,8 @@ def main():
             sys.exit(print(f"ablate.py: no finished stage 2 in {args.visible}: run train.py --preset toy --out {args.visible} first", file=sys.stderr) or 2)
         return visible(args.visible, os.path.join(args.visible, "visible.png"))
     failures = []
+    if args.report and not os.path.isdir(out):
+        sys.exit(print(f"ablate.py: nothing has run in {out}: leave --report out, or name the runs' folder with --out", file=sys.stderr) or 2)
     if not args.report:
         os.makedirs(out, exist_ok=True)
         lock = open(os.path.join(out, "lock"), "w")  # the jobs of a killed grid hold it until they have ended
