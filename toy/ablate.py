@@ -397,12 +397,18 @@ def report(chosen, out):
         for points in zip(*(curves[arm, clip][1:] for clip in clips(arm))):
             changes = [[point["test"][key] - curve[0]["test"][key] for point, clip in zip(points, clips(arm)) for curve in [curves[arm, clip]]] for key in ("pairs", "zeroshot")]
             print(f"| {points[0]['step']} | {np.mean([point['heldout'] for point in points]):.3f} | " + " | ".join(interval(values)[2] for values in changes) + " |")
+    changes = []
     for run in (run for (arm, _), run in chosen.items() if arm == "rf"):
-        before, after = run["curve"][0]["test"], at_step(run["curve"])["test"]
+        (before, after), probe = (point["test"] for point in (run["curve"][0], at_step(run["curve"]))), run["probe"]
         print(f"\nCLIP {run['clip']}, rf: zero-shot {before['zeroshot']:.1f} -> {after['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
-        for pattern, attribute in zip(before["patterns"], VALUES):
-            print(f"| {pattern} | {before['patterns'][pattern]:.0f} | {after['patterns'][pattern]:.0f} | {run['probe']['before'][attribute]:.1f} | {run['probe']['after'][attribute]:.1f} |")
-    draw({arm: [curves[arm, clip] for clip in clips(arm)] for arm in arms if arm in KEY}, os.path.join(out, "ablation.svg"))
+        for (pattern, old), attribute in zip(before["patterns"].items(), VALUES):
+            new = after["patterns"][pattern]
+            print(f"| {pattern} | {old:.0f} | {new:.0f} | {probe['before'][attribute]:.1f} | {probe['after'][attribute]:.1f} |")
+            if run["clip"] != "full":
+                changes.append((new - old, probe["after"][attribute] - probe["before"][attribute]))
+    if changes:
+        print(f"\nCorrelation of the pairs' change with the probe's, over {len(changes)} patterns of {len(clips('rf'))} CLIPs: {np.corrcoef(np.transpose(changes))[0, 1]:.2f}")
+    draw({arm: [curves[arm, clip] for clip in clips(arm)] for arm in arms if arm in (*KEY, CONTROL)}, os.path.join(out, "ablation.svg"))
 
 
 def write_curves(out):
@@ -424,21 +430,21 @@ def draw(curves, path):
     """An SVG of pair accuracy gained against retention, a curve per arm, the mean over its CLIPs, readable on light and dark."""
     lines = {arm: [(np.mean([c[i]["test"]["zeroshot"] / c[0]["test"]["zeroshot"] for c in runs]), np.mean([c[i]["test"]["pairs"] - c[0]["test"]["pairs"] for c in runs]))
                    for i in range(min(map(len, runs)))] for arm, runs in curves.items()}
-    x = lambda r: 60 + (1.005 - r) / 0.155 * 460
-    y = lambda a: 330 - (a + 8) / 24 * 300
+    x = lambda r: 60 + (1.003 - r) / 0.103 * 460
+    y = lambda a: 330 - (a + 2) / 16 * 300
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" font-family="sans-serif" font-size="13">',
              '<clipPath id="chart"><rect x="60" y="30" width="460" height="300"/></clipPath>',
-             "<style>text{fill:#1f2937}.axis{stroke:#9ca3af}@media(prefers-color-scheme:dark){text{fill:#e5e7eb}}</style>"]
-    for r in (1, .97, .95, .9, .85):
+             "<style>text{fill:#768390}.axis{stroke:#768390}</style>"]  # a grey for light pages and dark ones
+    for r in (1, .98, .97, .95, .9):
         parts.append(f'<line class="axis" x1="{x(r):.1f}" x2="{x(r):.1f}" y1="30" y2="330" stroke-opacity=".3"/><text x="{x(r):.1f}" y="348" text-anchor="middle">{r:g}</text>')
-    for a in range(-8, 17, 4):
+    for a in range(-2, 15, 2):
         parts.append(f'<line class="axis" x1="60" x2="520" y1="{y(a):.1f}" y2="{y(a):.1f}" stroke-opacity="{.9 if a == 0 else .3}"/><text x="52" y="{y(a) + 4:.1f}" text-anchor="end">{a:+d}</text>')
-    parts.append('<text x="290" y="375" text-anchor="middle">zero-shot accuracy kept</text><text x="60" y="18">points of pair accuracy gained, along stage 2</text>')
+    parts.append('<text x="290" y="375" text-anchor="middle">zero-shot accuracy kept, of 1 before stage 2</text><text x="60" y="18">points of pair accuracy gained, along stage 2 (mean over how many CLIPs)</text>')
     for k, (arm, points) in enumerate(lines.items()):
         path_of = " ".join(f"{x(r):.1f},{y(a):.1f}" for r, a in points)
         parts.append(f'<polyline points="{path_of}" fill="none" stroke="{COLOURS[k]}" stroke-width="2.5" clip-path="url(#chart)"/>')
         parts += [f'<circle clip-path="url(#chart)" cx="{x(r):.1f}" cy="{y(a):.1f}" r="3" fill="{COLOURS[k]}"/>' for r, a in points]
-        parts.append(f'<line x1="540" x2="565" y1="{50 + 22 * k}" y2="{50 + 22 * k}" stroke="{COLOURS[k]}" stroke-width="3"/><text x="572" y="{54 + 22 * k}">{arm} (CLIPs: {len(curves[arm])})</text>')
+        parts.append(f'<line x1="540" x2="565" y1="{50 + 22 * k}" y2="{50 + 22 * k}" stroke="{COLOURS[k]}" stroke-width="3"/><text x="572" y="{54 + 22 * k}">{arm} ({len(curves[arm])})</text>')
     with open(path, "w") as file:
         file.write("\n".join([*parts, "</svg>"]) + "\n")
 
