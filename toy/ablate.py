@@ -21,6 +21,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -105,6 +107,17 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 MARGIN = 2.0  # points: what "about as well" and "no better" allow
 
 
+def end_with(parent):
+    """For a worker or a job: one core, and no life after its parent's, or it would hold the grid's lock."""
+    torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def remember(owner, name, folder, key):
     """Have a method of one argument keep each result on disk and read it from there the next time; `key` tells what it depends on."""
     method = getattr(owner, name)
@@ -122,6 +135,7 @@ def remember(owner, name, folder, key):
 
 def command(log, memory, words):
     """The body of a process: train.py or make_toy.py, words[0], with the other words as its arguments; same numbers, whatever is remembered."""
+    end_with(os.getppid())
     os.chdir(os.path.dirname(HERE))
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
@@ -485,7 +499,7 @@ def main():
         sys.exit(print(f"ablate.py: nothing has run in {out}: leave --report out, or name the runs' folder with --out", file=sys.stderr) or 2)
     if not args.report:
         os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, "lock"), "w")  # the jobs of a killed grid hold it until they have ended
+        lock = open(os.path.join(out, "lock"), "w")  # a killed grid's jobs hold it for a second or two more
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -497,7 +511,7 @@ def main():
                 for _ in tqdm(part, "drawing what is measured on"):
                     pass
             os.replace(f"{out}/world.part", f"{out}/world")
-        with ProcessPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(args.jobs, initializer=end_with, initargs=(os.getpid(),)) as pool:
             def run(what, calls):  # (function, its arguments)
                 for future in tqdm([pool.submit(function, out, *arguments) for function, *arguments in calls], what):
                     try:
