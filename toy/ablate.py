@@ -9,7 +9,7 @@ Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that di
 60 steps, each scored on two benchmarks and on two sets of category images. The rate of an arm is the one of three with the highest accuracy
 at a retention of .97 on dev, with the first CLIP; the table's numbers come from a benchmark and from images that nothing was chosen on.
 CLIP n is trained with seed n, and so are its stages. A verdict is Student's 95 % interval over CLIPs, for which the arms' spreads are pooled:
-of 23 verdicts, one is wrong by luck. The cells share what they all compute, the images of a step and their latents (out/memory).
+of 23 verdicts, one is wrong by luck. The cells share what they all compute, the images of a step and their latents (out/memory-*, 2 GB, to be removed at will).
 """
 import argparse
 import csv
@@ -40,7 +40,7 @@ from eval_mmvp import encode_images, evaluate, exact_float32  # noqa: E402
 from genhancer import load_clip  # noqa: E402
 from toy.make_toy import VALUES, draw_part, draw_world, tqdm, write_benchmark, write_classes  # noqa: E402
 from train import build_model, checkpoints, load_file, parse_args, seed_draws, stage_settings, write_json  # noqa: E402
-from vae import AutoEncoder  # noqa: E402
+from vae import AutoEncoder, UserError  # noqa: E402
 from vqgan import VQGAN  # noqa: E402
 
 FINAL, FINAL_CLASSES, PROBE = 101, 102, 103  # seeds of what the table is measured on, drawn by nothing else
@@ -136,6 +136,7 @@ def remember(owner, name, folder, key):
 def command(log, memory, words):
     """The body of a process: train.py or make_toy.py, words[0], with the other words as its arguments; same numbers, whatever is remembered."""
     end_with(os.getppid())
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the toy is compared on CPUs
     os.chdir(os.path.dirname(HERE))
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
@@ -186,9 +187,9 @@ def prepare(out, clip):
     folder, weights = os.path.join(out, f"clip-{clip}"), weights_of(out, clip)
     if not os.path.isfile(weights):
         call(out, f"{folder}.log", "toy/make_toy.py clip", "--regime full" if clip == "full" else f"--seed {clip}", out=folder)
-    if not os.path.isfile(f"{folder}/before.json"):
+    if not os.path.isfile(f"{folder}/before.json") or read_json(f"{folder}/before.json").get("crc") != checksum(weights):
         os.makedirs(folder, exist_ok=True)
-        write_json(f"{folder}/before.json", score(out, weights) | {"step": 0})
+        write_json(f"{folder}/before.json", score(out, weights) | {"step": 0, "crc": checksum(weights)})
 
 
 def name_of(out, clip, name):
@@ -212,16 +213,35 @@ def stage1(out, clip, arm):
     call(out, f"{folder}.log", "train.py --preset toy --stage 1", same(clip), *ARMS[arm][:2], clip_weights=weights_of(out, clip), out=folder)
 
 
+@lru_cache(None)
+def checksum(path):
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read())
+
+
+def plan(out, clip, arm, rate):
+    """A cell's path without .json, the flags of its stage 2, and what its JSON must say for it to be this cell."""
+    both, one, two = ARMS[arm]
+    flags = (both, two, f"{same(clip)} --lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
+    what = {"clip": clip, "arm": arm, "rate": rate, "flags": " ".join([*flags, str(one), str(STEPS)]), "crc": checksum(weights_of(out, clip))}
+    return name_of(out, clip, f"{arm} {rate:g}"), flags, what
+
+
+def finished(out, clip, arm, rate):
+    """A cell's JSON, or None if it has not run; RuntimeError if another one lies in its place."""
+    if not os.path.isfile(path := f"{name_of(out, clip, f'{arm} {rate:g}')}.json"):
+        return None
+    content, what = read_json(path), plan(out, clip, arm, rate)[2]
+    if {key: content.get(key) for key in what} != what:
+        raise RuntimeError(f"{path} is of other settings or another CLIP: remove it, or choose another --out")
+    return content
+
+
 def cell(out, clip, arm, rate):
     """Train, score the curve and write one JSON, unless it is there."""
-    path, weights, (both, one, two) = name_of(out, clip, f"{arm} {rate:g}"), weights_of(out, clip), ARMS[arm]
-    flags = (both, two, f"{same(clip)} --lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
-    with open(weights, "rb") as file:
-        what = {"clip": clip, "arm": arm, "rate": rate, "flags": " ".join([*flags, str(one), str(STEPS)]), "crc": zlib.crc32(file.read())}
-    if os.path.isfile(f"{path}.json"):
-        if {key: read_json(f"{path}.json").get(key) for key in what} != what:
-            raise RuntimeError(f"{path}.json is of other settings or another CLIP: remove it, or choose another --out")
+    if finished(out, clip, arm, rate):
         return
+    (path, flags, what), weights, one = plan(out, clip, arm, rate), weights_of(out, clip), ARMS[arm][1]
     if one is None:
         line = call(out, f"{path}.log", f"train.py --preset toy --stage e2e --steps {STEPS * 3 // 2}", *flags, clip_weights=weights, out=path)
     else:
@@ -391,20 +411,22 @@ def report(chosen, out):
     arms, clips = list(dict.fromkeys(arm for arm, _ in curves)), lambda arm: [clip for a, clip in curves if a == arm]
     gained = [{key: at_step(c)["test"]["pairs"] - c[0]["test"]["pairs"] for key, c in curves.items()}]
     gained += [{key: at_retention(c, r) - c[0]["test"]["pairs"] for key, c in curves.items()} for r in RETENTIONS]
+    dev = {key: at_retention(c, .97, "dev") - c[0]["dev"]["pairs"] for key, c in curves.items()}
     print(f"\n| arm | LoRA's rate | CLIPs | zero-shot change after {STEPS} steps | held-out loss | pairs gained | at retention .98 | .97 | .95 |\n|" + "---|" * 9)
     for arm in arms:
         own = [curves[arm, clip] for clip in clips(arm)]
-        print(f"| {arm} | {chosen[arm, clips(arm)[0]]['rate']:g} | {', '.join(clips(arm))} | {np.mean([at_step(c)['test']['zeroshot'] - c[0]['test']['zeroshot'] for c in own]):+.1f} | "
+        rate = chosen[arm, clips(arm)[0]]["rate"]
+        print(f"| {arm} | {rate:g}{', an edge' if rate in (rates_of(arm)[0], rates_of(arm)[-1]) and arm != CONTROL else ''} | {', '.join(clips(arm))} | {np.mean([at_step(c)['test']['zeroshot'] - c[0]['test']['zeroshot'] for c in own]):+.1f} | "
               f"{np.mean([at_step(c)['heldout'] for c in own]):.3f} | " + " | ".join(interval([column[arm, clip] for clip in clips(arm)])[2] for column in gained) + " |")
     noise = [residual({key: value for key, value in column.items() if key[0] != CONTROL}) for column in gained]
     print(f"\nStandard deviation of what neither arm nor CLIP explains (without the control) after {STEPS} steps, at retention .98, .97, .95: "
           + ", ".join(f"{sd:.2f} ({dof} degrees of freedom)" for sd, dof in noise))
-    print(f"\n| the paper's claim | the paper | here, at retention .97 | .98 | .95 | after {STEPS} steps | CLIPs | verdict | `python toy/ablate.py --arms` |\n|" + "---|" * 9)
+    print(f"\n| the paper's claim | the paper | here, at retention .97 | .97, on dev | .98 | .95 | after {STEPS} steps | CLIPs | verdict | `python toy/ablate.py --arms` |\n|" + "---|" * 10)
     for arm, reference, claim, paper, expected in CLAIMS:
         both = [clip for clip in clips(arm) if (reference, clip) in curves]
         after, high, equal, low = [interval([column[arm, clip] - column[reference, clip] for clip in both], of) for column, of in zip(gained, noise)]
         judged, where = (after, f" (after {STEPS} steps)") if math.isnan(equal[0]) else (equal, "")
-        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*judged[:2], expected)}{where}" if both else "not run | | | | |")
+        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {interval([dev[arm, clip] - dev[reference, clip] for clip in both], (math.nan, 0))[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*judged[:2], expected)}{where}" if both else "not run | | | | | |")
               + f" | `{quoted(reference)} {quoted(arm)}` |")
     for arm in [arm for arm in ("rf", "perceiver") if arm in arms]:
         print(f"\n| {arm}, steps of stage 2 | held-out loss | pairs gained | zero-shot change |\n|" + "---|" * 4)
@@ -431,7 +453,7 @@ def write_curves(out):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["arm", "clip", "rate", "step", "heldout", *(f"{part} {name}" for part in ("dev", "test") for name in ("pairs", "zeroshot", *VALUES))])
         for arm in ARMS:
-            for run in (read_json(path) for clip in [*CLIPS, "full"] for rate in rates_of(arm) if os.path.isfile(path := name_of(out, clip, f"{arm} {rate:g}") + ".json")):
+            for run in filter(None, (finished(out, clip, arm, rate) for clip in [*CLIPS, "full"] for rate in rates_of(arm))):
                 for point in run["curve"]:
                     numbers = [x for part in (point["dev"], point["test"]) for x in (part["pairs"], part["zeroshot"], *part["patterns"].values())]
                     writer.writerow([arm, run["clip"], f"{run['rate']:g}", point["step"], point.get("heldout", ""), *(f"{x:.4g}" for x in numbers)])
@@ -464,14 +486,14 @@ def draw(curves, path):
 
 
 def choose(out, clips, arm):
-    """The best rate of an arm on dev with the first CLIP, and its cells {(arm, clip): content}, as far as they have run."""
-    cells = {(clip, rate): read_json(path) for clip in clips for rate in rates_of(arm) if os.path.isfile(path := name_of(out, clip, f"{arm} {rate:g}") + ".json")}
+    """The best rate of an arm on dev with the first CLIP, the control's being its reference's; and its cells {(arm, clip): content}, as far as they have run."""
+    cells = {(clip, rate): content for clip in clips for rate in rates_of(arm) if (content := finished(out, clip, arm, rate))}
 
     def merit(rate):
         value = at_retention(cells[clips[0], rate]["curve"], .97, "dev")
         return cells[clips[0], rate]["curve"][-1]["dev"]["pairs"] if math.isnan(value) else value  # never as low: at least this
 
-    best = max((rate for clip, rate in cells if clip == clips[0]), key=merit, default=None)
+    best = choose(out, clips, "rf")[0] if arm == CONTROL else max((rate for clip, rate in cells if clip == clips[0]), key=merit, default=None)
     return best, {(arm, clip): content for (clip, rate), content in cells.items() if rate == best}
 
 
@@ -489,7 +511,7 @@ def main():
     parser.add_argument("--out", default="runs/ablation", help="the folder of the runs")
     parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="runs at a time, one core each")
     args = parser.parse_args()
-    out, arms, clips = os.path.abspath(args.out), QUICK if args.quick else args.arms, args.clips[:1] if args.quick else args.clips
+    out, arms, clips = os.path.abspath(args.out), *(list(dict.fromkeys(some)) for some in (QUICK if args.quick else args.arms, args.clips[:1] if args.quick else args.clips))
     if args.visible:
         if not checkpoints(os.path.join(args.visible, "stage2")) or not os.path.isfile(os.path.join(args.visible, "stage1", "last.safetensors")):
             sys.exit(print(f"ablate.py: no finished stage 2 in {args.visible}: run train.py --preset toy --out {args.visible} first", file=sys.stderr) or 2)
@@ -516,14 +538,18 @@ def main():
                 for future in tqdm([pool.submit(function, out, *arguments) for function, *arguments in calls], what):
                     try:
                         future.result()
-                    except RuntimeError as error:
+                    except (RuntimeError, OSError, UserError) as error:
                         failures.append(str(error))
+                    except KeyboardInterrupt:
+                        print("ablate.py: stopped; the same command goes on", file=sys.stderr, flush=True)
+                        os._exit(130)  # the workers and their jobs follow
 
             def stages(some):  # stage 1 for each distinct set of its flags
                 return [(stage1, *call) for call in {(clip, *ARMS[arm][:2]): (clip, arm) for clip, arm in some if ARMS[arm][1] is not None}.values()]
 
             full = ["full"] if "rf" in arms and not args.quick else []
-            run("CLIPs, and stage 1 of the first", [*((prepare, clip) for clip in [*clips, *full]), *stages([(clips[0], arm) for arm in arms])])
+            run("the first CLIP", [(prepare, clips[0])])
+            run("the other CLIPs, and stage 1 of the first", [*((prepare, clip) for clip in [*clips[1:], *full]), *stages([(clips[0], arm) for arm in arms])])
             run("stage 2 of the first", [(cell, clips[0], arm, rate) for arm in arms for rate in (rates_of(arm)[1:2] if args.quick else rates_of(arm))])
             best = {arm: choose(out, clips, arm)[0] for arm in arms}
             more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if best[arm] and (arm in KEY or k == 0)] + [(clip, "rf") for clip in full if best["rf"]]
@@ -536,4 +562,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (RuntimeError, UserError) as error:
+        sys.exit(print(f"ablate.py: {error}", file=sys.stderr) or 2)
