@@ -9,7 +9,7 @@ Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that di
 60 steps, each scored on two benchmarks and on two sets of category images. The rate of an arm is the one of three with the highest accuracy
 at a retention of .97 on dev, with the first CLIP; the table's numbers come from a benchmark and from images that nothing was chosen on.
 CLIP n is trained with seed n, and so are its stages. A verdict is Student's 95 % interval over CLIPs, for which the arms' spreads are pooled:
-of 23 verdicts, one is wrong by luck. The cells share what they all compute, the images of a step and their latents (out/memory-*, 2 GB, to be removed at will).
+of 22 verdicts, one is wrong by luck. The cells share what they all compute, the images of a step and their latents (out/memory-*, 2 GB, to be removed at will).
 """
 import argparse
 import csv
