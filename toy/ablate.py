@@ -1,6 +1,6 @@
 """The paper's ablations in miniature: a grid of train.py runs on the toy world, over several CLIPs, as curves of accuracy against retention.
 
-    python toy/ablate.py --quick      # one CLIP and the main rows, about 15 minutes on 2 cores
+    python toy/ablate.py --quick      # one CLIP and the main rows, about 10 minutes on 2 cores
     python toy/ablate.py              # the grid: hours. A killed grid goes on where it was
     python toy/ablate.py --report     # the tables, ablation.svg and ablation.csv of what has run so far
     python toy/ablate.py --visible runs/toy-rf     # what the reconstructions of a finished train.py --preset toy show, and a picture of it
@@ -161,7 +161,7 @@ def call(out, log, line, /, *flags, **paths):
 
 def memory_of(out):
     """The folder of what is remembered: another one for other tokenizers."""
-    folder = os.path.join(out, f"memory-{train.crc(f'{HERE}/vae.safetensors'):08x}-{train.crc(f'{HERE}/vqgan.safetensors'):08x}")
+    folder = os.path.join(out, "-".join(["memory", *(f"{checksum(f'{HERE}/{name}.safetensors'):08x}" for name in ("vae", "vqgan"))]))
     os.makedirs(folder, exist_ok=True)
     return folder
 
@@ -562,5 +562,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (RuntimeError, UserError) as error:
+    except (RuntimeError, OSError, UserError) as error:
         sys.exit(print(f"ablate.py: {error}", file=sys.stderr) or 2)
