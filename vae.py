@@ -1,46 +1,176 @@
-"""FLUX.1's image autoencoder, and the convolutional encoder and decoder that it shares with taming's VQ-GAN (vqgan.py).
+"""FLUX.1's image autoencoder, and the encoder and decoder that it shares with taming's VQ-GAN.
 
-Module and parameter names are those of the published weights (black-forest-labs/flux `autoencoder.py`,
-CompVis/taming-transformers `diffusionmodules/model.py`), so both files load strictly. Images are in [-1, 1].
+Module and parameter names are those of the published weights (black-forest-labs/flux,
+`autoencoder.py`, and CompVis/taming-transformers, `diffusionmodules/model.py`), so that both load
+strictly. Images are (B, 3, H, W) in [-1, 1]; no decoder clamps what it returns.
+
+The last section is shared by all programs: users' mistakes, files, the command line.
 """
+
+import argparse
+import io
+import json
 import os
+import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 
-class UserError(Exception):
-    """A mistake that the user can mend. Its one line says what, where and what to do; the commands exit with status 2."""
+@dataclass
+class AutoEncoderConfig:
+    """The defaults are FLUX.1's published autoencoder, `ae.safetensors`."""
+
+    ch: int = 128                    # channels of the first level
+    ch_mult: tuple = (1, 2, 4, 4)    # channels of each level, in multiples of ch
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    in_channels: int = 3
+    out_ch: int = 3
+    scale_factor: float = 0.3611     # these two bring the latents to about unit variance
+    shift_factor: float = 0.1159
 
 
-def read_weights(path, what, hint=""):
-    """Read a safetensors file: (tensors by name, metadata). `what` and `hint` name it in the error if that fails."""
-    if not os.path.isfile(path):
-        raise UserError(f"{what} not found at {path}" + (f": {hint}" if hint else ""))
+class AutoEncoder(nn.Module):
+    """FLUX.1's VAE: images (B, 3, H, W) <-> latents (B, z_channels, H/f, W/f), f = 8 for FLUX.1."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = Encoder(c.in_channels, c.ch, c.ch_mult, c.num_res_blocks, 2 * c.z_channels)
+        self.decoder = Decoder(c.out_ch, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
+        self.factor = 2 ** (len(c.ch_mult) - 1)
+
+    def moments(self, x):
+        """Mean and log-variance of the posterior q(z | x), each of a latent's shape, unscaled."""
+        return self.encoder(x).chunk(2, dim=1)
+
+    def encode(self, x, sample=True):
+        """The scaled latents of images: a sample of the posterior, or its mean if not `sample`."""
+        mean, logvar = self.moments(x)
+        z = mean
+        if sample:
+            z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def decode(self, z):
+        """The images of scaled latents."""
+        return self.decoder(z / self.config.scale_factor + self.config.shift_factor)
+
+
+def load_vae(path):
+    """FLUX.1's autoencoder, or one of its layout at any size: float32, eval, frozen.
+
+    `path` is a safetensors file. The configuration is read off its tensors; scale_factor and
+    shift_factor are read off its metadata, and are FLUX.1's where that holds none.
+    Raises UserError if the file is missing, damaged or holds anything else.
+    """
+    what = "VAE weights"
+    hint = "download ae.safetensors of FLUX.1 and name it with --vae"
+    tensors, metadata = read_weights(path, what, hint)
+    if any(name.startswith("quantize.") for name in tensors):
+        raise UserError(f"{what}: {path} holds a VQ-GAN, which --vqgan takes: {hint}")
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        raise UserError(f"{what}: {path} has diffusers' layout, which is not read: {hint}")
     try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{what}: {path} is not a complete safetensors file ({error})") from None
+        config = AutoEncoderConfig(**read_layout(tensors), **read_scaling(metadata))
+    except ValueError as error:
+        misfit = f"{path} does not have the layout of FLUX.1's autoencoder: {error}"
+        raise UserError(f"{what}: {misfit}: {hint}") from None
+    with torch.device("meta"):
+        vae = AutoEncoder(config)
+    return load_strictly(vae, tensors, path, what).eval().requires_grad_(False)
 
 
-def load_strictly(module, tensors, path, what):
-    """Load `tensors` into `module` (built on any device, meta included) if every name and shape fits; else name the misfits."""
-    expected = module.state_dict()
-    missing = [key for key in expected if key not in tensors]
-    unexpected = [key for key in tensors if key not in expected]
-    shapes = [f"{key} {tuple(tensors[key].shape)} for {tuple(value.shape)}" for key, value in expected.items()
-              if key in tensors and tensors[key].shape != value.shape]
-    faults = [f"{name} {', '.join(keys[:2])}{f' and {len(keys) - 2} more' if len(keys) > 2 else ''}"
-              for name, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if keys]
-    if faults:
-        raise UserError(f"{what}: {path} does not fit: {'; '.join(faults)}")
-    module.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
-    return module
+class Encoder(nn.Module):
+    """(B, in_channels, H, W) -> (B, out_channels, H/f, W/f), f = 2 ** (len(ch_mult) - 1)."""
 
+    def __init__(self, in_channels, ch, ch_mult, num_res_blocks, out_channels, attn_levels=()):
+        super().__init__()
+        widths = [ch * multiple for multiple in ch_mult]
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[i - 1] if i > 0 else ch
+            self.down.append(Level(before, width, num_res_blocks, i in attn_levels))
+        for i, width in enumerate(widths[:-1]):
+            self.down[i].downsample = Downsample(width)
+        self.mid = Middle(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level.downsample(level(h))
+        h = self.mid(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, out_ch, h*f, w*f), f = 2 ** (len(ch_mult) - 1)."""
+
+    def __init__(self, out_ch, ch, ch_mult, num_res_blocks, z_channels, attn_levels=()):
+        super().__init__()
+        widths = [ch * multiple for multiple in ch_mult]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()  # from the images' resolution to the latents': used in reverse
+        for i, width in enumerate(widths):
+            before = widths[min(i + 1, len(widths) - 1)]
+            self.up.append(Level(before, width, num_res_blocks + 1, i in attn_levels))
+        for i, width in enumerate(widths[1:], start=1):
+            self.up[i].upsample = Upsample(width)
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        h = self.mid(h)
+        for level in reversed(self.up):
+            h = level.upsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention if the level has it."""
+
+    def __init__(self, in_channels, out_channels, blocks, attention):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(blocks):
+            before = out_channels if i > 0 else in_channels
+            self.block.append(ResnetBlock(before, out_channels))
+        if attention:
+            self.attn.extend(AttnBlock(out_channels) for _ in range(blocks))
+        self.downsample = nn.Identity()  # an encoder and a decoder set theirs
+        self.upsample = nn.Identity()
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class ResnetBlock(nn.Module):
@@ -50,28 +180,33 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions."""
+    """Self-attention with one head over all positions."""
 
     def __init__(self, channels):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, h*w, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)       # (B, 1, h*w, C)
+        h = h[:, 0].mT.reshape(x.shape)                   # (B, C, h, w)
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
@@ -92,138 +227,252 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
-
-    def __init__(self, in_channels, out_channels, blocks, attention):
-        super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(out_channels if i else in_channels, out_channels) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
-
-    def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        return x
-
-
-class Middle(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H/f, W/f), f = 2 ** (len(ch_mult) - 1)."""
-
-    def __init__(self, in_channels, ch, ch_mult, num_res_blocks, out_channels, attn_levels=()):
-        super().__init__()
-        widths = [ch * m for m in ch_mult]
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(i, o, num_res_blocks, level in attn_levels)
-                                  for level, (i, o) in enumerate(zip([ch, *widths], widths)))
-        for level, width in zip(self.down[:-1], widths):
-            level.downsample = Downsample(width)
-        self.mid = Middle(widths[-1])
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B, out_ch, h*f, w*f), f = 2 ** (len(ch_mult) - 1). Not clamped."""
-
-    def __init__(self, out_ch, ch, ch_mult, num_res_blocks, z_channels, attn_levels=()):
-        super().__init__()
-        widths = [ch * m for m in ch_mult]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(Level(i, o, num_res_blocks + 1, level in attn_levels)
-                                for level, (i, o) in enumerate(zip(widths[1:] + widths[-1:], widths)))
-        for level, width in zip(self.up[1:], widths[1:]):
-            level.upsample = Upsample(width)
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
 def read_layout(tensors):
-    """What the Encoder's and Decoder's tensors say of their configuration, as keyword arguments; KeyError if they are not there."""
-    ch, in_channels = tensors["encoder.conv_in.weight"].shape[:2]
-    levels = [i for i in range(99) if f"encoder.down.{i}.block.0.conv1.weight" in tensors]
-    return dict(ch=ch, in_channels=in_channels, out_ch=tensors["decoder.conv_out.weight"].shape[0],
-                ch_mult=tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in levels),
-                num_res_blocks=sum(f"encoder.down.0.block.{i}.conv1.weight" in tensors for i in range(99)),
-                z_channels=tensors["decoder.conv_in.weight"].shape[1])
+    """The configuration that the tensors of an Encoder and a Decoder show, as keyword arguments.
 
-
-@dataclass
-class AutoEncoderConfig:
-    """FLUX.1's published autoencoder (`ae.safetensors`)."""
-    ch: int = 128
-    ch_mult: tuple = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 16
-    in_channels: int = 3
-    out_ch: int = 3
-    scale_factor: float = 0.3611
-    shift_factor: float = 0.1159
-
-
-class AutoEncoder(nn.Module):
-    """FLUX.1's VAE: images (B, 3, H, W) in [-1, 1] <-> latents (B, z_channels, H/8, W/8), scaled to about unit variance."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        self.encoder = Encoder(c.in_channels, c.ch, c.ch_mult, c.num_res_blocks, 2 * c.z_channels)
-        self.decoder = Decoder(c.out_ch, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
-        self.factor = 2 ** (len(c.ch_mult) - 1)
-
-    def moments(self, x):
-        """Mean and log-variance of the posterior q(z | x), before scaling: two (B, z_channels, H/8, W/8)."""
-        return self.encoder(x).chunk(2, dim=1)
-
-    def encode(self, x, sample=True):
-        mean, logvar = self.moments(x)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if sample else mean
-        return self.config.scale_factor * (z - self.config.shift_factor)
-
-    def decode(self, z):
-        return self.decoder(z / self.config.scale_factor + self.config.shift_factor)
-
-
-def load_vae(path):
-    """FLUX.1's autoencoder, or one of its layout at any size, from safetensors: float32, eval, frozen.
-
-    The configuration is read off the tensors; `scale_factor` and `shift_factor` off the file's metadata, FLUX.1's by default.
+    Raises ValueError if one of them is missing, or if no network has such a layout.
     """
-    tensors, metadata = read_weights(path, "VAE weights", "download ae.safetensors of FLUX.1 and name it with --vae")
+    ch, in_channels = read_shape(tensors, "encoder.conv_in.weight", 4)[:2]
+    z_channels = read_shape(tensors, "decoder.conv_in.weight", 4)[1]
+    out_ch = read_shape(tensors, "decoder.conv_out.weight", 4)[0]
+    if (in_channels, out_ch) != (3, 3):
+        raise ValueError(f"its images have {in_channels} and {out_ch} channels, where 3 are needed")
+
+    block = "encoder.down.{}.block.{}.conv1.weight"
+    widths = [read_shape(tensors, block.format(0, 0), 4)[0]]
+    while block.format(len(widths), 0) in tensors:
+        widths.append(read_shape(tensors, block.format(len(widths), 0), 4)[0])
+    num_res_blocks = 1
+    while block.format(0, num_res_blocks) in tensors:
+        num_res_blocks += 1
+    for width in [ch, *widths]:
+        if width % 32 or width % ch:
+            raise ValueError(f"{width} channels, where a multiple of 32 and of {ch} is needed")
+    return dict(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=num_res_blocks,
+        z_channels=z_channels,
+    )
+
+
+def read_shape(tensors, name, dimensions):
+    """The shape of a tensor that must be there; else ValueError."""
+    if name not in tensors:
+        raise ValueError(f"missing {name}, first name {min(tensors, default='none')}")
+    if not holds_floats(tensors[name]):
+        raise ValueError(f"{name} holds no floating-point numbers")
+    shape = tensors[name].shape
+    if len(shape) != dimensions:
+        raise ValueError(f"{name} has {len(shape)} dimensions, where {dimensions} are needed")
+    return shape
+
+
+def read_scaling(metadata):
+    """scale_factor and shift_factor, where the metadata holds them, as keyword arguments."""
+    scaling = {}
+    for name, smallest in (("scale_factor", 1e-6), ("shift_factor", 0)):
+        if name not in metadata:
+            continue
+        try:
+            value = float(metadata[name])
+        except ValueError:
+            value = float("nan")
+        if not smallest <= abs(value) <= 1e6:  # also where it is not a number
+            raise ValueError(f"{name} {metadata[name]!r} in its metadata cannot scale latents")
+        scaling[name] = value
+    return scaling
+
+
+# --------------------------------------------------------------------------------------------------
+# Shared by all programs: users' mistakes, reading and writing files, the command line
+# --------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message is one line: what, where, what to do."""
+
+
+class WeightsFile(Mapping):
+    """A safetensors file as a mapping from name to tensor, each read when it is asked for.
+
+    What was read stays in memory while the file is open: so it is opened anew every 64 MB.
+    """
+
+    def __init__(self, path, what, without):
+        self.path = path
+        self.what = what
+        self.open()
+        names = self.file.keys()
+        self.names = [name for name in names if not name.startswith(without)]
+        self.metadata = self.file.metadata() or {}
+
+    def open(self):
+        self.file = safe_open(self.path, "pt")
+        self.bytes_read = 0
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            if self.bytes_read > 2**26:
+                self.open()
+            tensor = self.file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            message = f"{self.what}: {name} in {self.path} cannot be read ({error})"
+            raise UserError(message) from None
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def read_weights(path, what, hint="", without=()):
+    """Open a safetensors file: (mapping from name to tensor, metadata); see WeightsFile.
+
+    Names that start with `without` (a string, or a tuple of strings) are left out.
+    Raises UserError with `what`, the path and the `hint` if there is no such file or a part of it.
+    """
+    advice = f": {hint}" if hint else ""
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file){advice}")
     try:
-        layout = read_layout(tensors)
-        if any(key.startswith("quantize.") for key in tensors):
-            raise UserError(f"VAE weights: {path} holds a VQ-GAN (it has quantize.*): name it with --vqgan, and FLUX.1's ae.safetensors with --vae")
-        config = AutoEncoderConfig(**layout, **{k: float(metadata[k]) for k in ("scale_factor", "shift_factor") if k in metadata})
-    except KeyError as error:
-        raise UserError(f"VAE weights: {path} does not have the layout of FLUX.1's autoencoder: missing {error}; first key {min(tensors, default='none')}") from None
-    with torch.device("meta"):
-        vae = AutoEncoder(config)
-    return load_strictly(vae, tensors, path, "VAE weights").eval().requires_grad_(False)
+        file = WeightsFile(path, what, without)
+    except (SafetensorError, OSError) as error:
+        message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
+        raise UserError(message) from None
+    return file, file.metadata
+
+
+def load_strictly(module, tensors, path, what):
+    """Copy `tensors`, a mapping from name to tensor, into `module`, and return the module.
+
+    Every name and shape must fit, and every value must be a finite floating-point number; else
+    UserError, which names `what`, the path and what does not fit. A module on the meta device is
+    given memory on the CPU. This takes the memory of the module and of one tensor.
+    """
+    misfits = find_misfits(module.state_dict(), tensors)
+    if misfits:
+        raise UserError(f"{what}: {path} does not fit: {misfits}")
+    memory = {
+        name: torch.empty_like(value, device="cpu")
+        for name, value in module.state_dict().items()
+        if value.is_meta
+    }
+    module.load_state_dict(memory, strict=False, assign=True)
+    for name, target in module.state_dict().items():
+        target.copy_(tensors[name])
+        smallest, largest = target.aminmax()  # NaN if any value is
+        if not (smallest.isfinite() and largest.isfinite()):
+            raise UserError(f"{what}: {path} holds values in {name} that are not finite")
+    return module
+
+
+def find_misfits(expected, tensors):
+    """Where the names, shapes and kinds of `tensors` differ from those expected: "" if nowhere."""
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "misshapen": [],
+        "without floating-point values": [],
+    }
+    for name in [name for name in expected if name in tensors]:
+        value = tensors[name]
+        if not holds_floats(value):
+            faults["without floating-point values"].append(name)
+        elif value.shape != expected[name].shape:
+            shapes = f"{tuple(value.shape)} for {tuple(expected[name].shape)}"
+            faults["misshapen"].append(f"{name} {shapes}")
+    lines = []
+    for fault, names in faults.items():
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            lines.append(f"{fault} {', '.join(names[:2])}{more}")
+    return "; ".join(lines)
+
+
+def holds_floats(value):
+    """Whether this is an ordinary tensor with floating-point numbers in it."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    packed = torch.float4_e2m1fn_x2  # two numbers in a byte, which nothing converts
+    return value.is_floating_point() and value.dtype != packed and value.numel() > 0
+
+
+def write_file(path, write):
+    """Write a file so that `path` always holds all of its old content or all of its new.
+
+    `write(part)` must write the file `part`, which lies in a private folder beside `path`, where
+    nobody else can have planted a link. It gets the permissions that the umask gives, is synced,
+    and is moved into place. Raises UserError if any of this fails; no part of it stays behind.
+    """
+    name = os.path.basename(path)
+    if not name or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"cannot write to {os.fspath(path)!r}: name a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private:
+            part = os.path.join(private, name)
+            open(part, "x").close()
+            permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
+            write(part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(part, permissions)
+            os.replace(part, path)
+    except (OSError, SafetensorError, RecursionError) as error:  # the last: too deep a folder
+        reason = getattr(error, "strerror", None) or error
+        advice = "make room or mend its folder, then run the same command again"
+        raise UserError(f"{path} could not be written ({reason}): {advice}") from None
+
+
+def write_json(path, content):
+    def write(part):
+        with open(part, "w") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+
+    write_file(path, write)
+
+
+def write_weights(path, tensors, metadata=None):
+    """Write tensors as safetensors. The bytes follow from the names and values alone.
+
+    But safetensors puts several entries of metadata in any order.
+    """
+    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    write_file(path, partial(save_file, tensors, metadata=metadata))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError, so that a mistake in the usage is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def run_command(program, run, argv=None):
+    """The main function of every program: run(argv), which a UserError ends in one line, status 2.
+
+    A UserError out of a DataLoader's worker holds a whole traceback, and its message at the end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
+    try:
+        run(argv)
+    except UserError as error:
+        message = str(error).rpartition("UserError: ")[2].strip()
+        print(f"{program}: {escape(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def escape(text):
+    """`text` with an escape for each character that a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,61 +1,75 @@
 """taming-transformers' VQ-GAN: images <-> indices into a learned codebook (Esser et al. 2021).
 
-Parameter names are those of the published models (vqgan_imagenet_f16_1024 and _16384). They are published as PyTorch Lightning
-pickles; `python vqgan.py last.ckpt vqgan.safetensors` converts one without running any code that it may carry.
+    python vqgan.py last.ckpt vqgan.safetensors
+
+converts a published model (vqgan_imagenet_f16_1024 or _16384), which is a PyTorch Lightning pickle,
+without running any code that it may carry. Parameter names are those of the published models.
 """
-import argparse
+
 import os
 import sys
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: others are not slowed
+
+    def report_exception(kind, error, trace):
+        """Say in one line that Ctrl-C was pressed, during the imports below too."""
+        if issubclass(kind, KeyboardInterrupt):
+            print("vqgan.py: interrupted", file=sys.stderr)
+            sys.exit(130)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report_exception
+
+import re
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from vae import Decoder, Encoder, UserError, load_strictly, read_layout, read_weights
+from vae import (
+    Decoder,
+    Encoder,
+    Parser,
+    UserError,
+    load_strictly,
+    read_layout,
+    read_shape,
+    read_weights,
+    run_command,
+    write_weights,
+)
 
 
 @dataclass
 class VQGANConfig:
-    """taming's f16 ImageNet model with 16384 codes."""
-    ch: int = 128
-    ch_mult: tuple = (1, 1, 2, 2, 4)
+    """The defaults are taming's f16 model of ImageNet with 16384 codes."""
+
+    ch: int = 128                      # channels of the first level
+    ch_mult: tuple = (1, 1, 2, 2, 4)   # channels of each level, in multiples of ch
     num_res_blocks: int = 2
-    attn_resolutions: tuple = (16,)  # levels with attention, by their side at the nominal `resolution`
-    resolution: int = 256
+    attn_resolutions: tuple = (16,)    # levels with attention, by their side ...
+    resolution: int = 256              # ... where an image's is this
     z_channels: int = 256
-    n_embed: int = 16384
-    embed_dim: int = 256
+    n_embed: int = 16384               # codes in the codebook
+    embed_dim: int = 256               # length of a code
     in_channels: int = 3
     out_ch: int = 3
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest codebook entry, by Euclidean distance."""
-
-    def __init__(self, n_embed, embed_dim):
-        super().__init__()
-        self.embedding = nn.Embedding(n_embed, embed_dim)
-
-    def forward(self, z):
-        """Pre-quantisation vectors (B, embed_dim, h, w) -> indices (B, h, w) of their nearest codes."""
-        codes = self.embedding.weight
-        z = z.permute(0, 2, 3, 1)  # (B, h, w, embed_dim)
-        with torch.autocast(z.device.type, enabled=False):  # distances in bf16 would pick other codes
-            distance = codes.float().square().sum(1) - 2 * z.float() @ codes.float().T  # |z|^2 is the same for every code
-        return distance.argmin(-1)
-
-
 class VQGAN(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] <-> indices (B, H/f, W/f), f = 2 ** (len(ch_mult) - 1)."""
+    """Images (B, 3, H, W) in [-1, 1] <-> indices (B, H/f, W/f), f = 16 for taming's."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        attn_levels = [i for i in range(len(c.ch_mult)) if c.resolution // 2**i in c.attn_resolutions]
-        self.encoder = Encoder(c.in_channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels, attn_levels)
-        self.decoder = Decoder(c.out_ch, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels, attn_levels)
+        sides = [c.resolution // 2**i for i in range(len(c.ch_mult))]
+        attn_levels = [i for i, side in enumerate(sides) if side in c.attn_resolutions]
+        blocks = c.num_res_blocks
+        self.encoder = Encoder(c.in_channels, c.ch, c.ch_mult, blocks, c.z_channels, attn_levels)
+        self.decoder = Decoder(c.out_ch, c.ch, c.ch_mult, blocks, c.z_channels, attn_levels)
         self.quantize = VectorQuantizer(c.n_embed, c.embed_dim)
         self.quant_conv = nn.Conv2d(c.z_channels, c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
@@ -66,53 +80,116 @@ class VQGAN(nn.Module):
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x):
+        """The indices of images."""
         return self.quantize(self.pre_quantize(x))
 
     def decode(self, indices):
-        codes = F.embedding(indices, self.quantize.embedding.weight).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(codes))
+        """The images of indices; not clamped."""
+        codes = F.embedding(indices, self.quantize.embedding.weight)  # (B, H/f, W/f, embed_dim)
+        return self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2)))
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest code by Euclidean distance."""
+
+    def __init__(self, n_embed, embed_dim):
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+
+    def forward(self, z):
+        """Vectors before quantisation (B, embed_dim, h, w) -> indices of codes (B, h, w)."""
+        with torch.autocast(z.device.type, enabled=False):  # distances in bf16 pick other codes
+            codes = self.embedding.weight.float()                    # (K, embed_dim)
+            z = z.float().permute(0, 2, 3, 1)                        # (B, h, w, embed_dim)
+            # |z - code|^2 less |z|^2, which is the same for every code
+            distance = codes.square().sum(1) - 2 * z @ codes.T       # (B, h, w, K)
+        return distance.argmin(-1)
 
 
 def load_vqgan(path):
-    """taming's VQ-GAN at any size from safetensors: float32, eval, frozen. `loss.*` is dropped; the configuration is read off the tensors."""
-    tensors, _ = read_weights(path, "VQ-GAN weights", "download taming's vqgan_imagenet_f16, convert it with "
-                              "`python vqgan.py last.ckpt vqgan.safetensors`, and name it with --vqgan")
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("loss.")}
+    """taming's VQ-GAN at any size: float32, eval, frozen.
+
+    `path` is a safetensors file. The configuration is read off its tensors; those of the training
+    loss (`loss.*`) are left out.
+    Raises UserError if the file is missing, damaged or holds anything else.
+    """
+    convert = "convert it with `python vqgan.py last.ckpt vqgan.safetensors`"
+    hint = f"download taming's vqgan_imagenet_f16, {convert}, and name it with --vqgan"
+    tensors, _ = read_weights(path, "VQ-GAN weights", hint, without="loss.")
+    return build_vqgan(tensors, path, "VQ-GAN weights", hint)
+
+
+def build_vqgan(tensors, path, what, hint):
+    """A VQGAN of the layout that the tensors show, with their values."""
     try:
         layout = read_layout(tensors)
-        n_embed, embed_dim = tensors["quantize.embedding.weight"].shape
-    except KeyError as error:
-        raise UserError(f"VQ-GAN weights: {path} does not have the layout of taming's VQ-GAN: missing {error}; "
-                        f"first key {min(tensors, default='none')}") from None
-    attention = tuple(256 // 2**i for i in range(len(layout["ch_mult"])) if f"encoder.down.{i}.attn.0.q.weight" in tensors)
+        n_embed, embed_dim = read_shape(tensors, "quantize.embedding.weight", 2)
+    except ValueError as error:
+        misfit = f"{path} does not have the layout of taming's VQ-GAN: {error}"
+        raise UserError(f"{what}: {misfit}: {hint}") from None
+    levels = range(len(layout["ch_mult"]))
+    attention = [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors]
+    config = VQGANConfig(
+        **layout,
+        attn_resolutions=tuple(VQGANConfig.resolution // 2**i for i in attention),
+        n_embed=n_embed,
+        embed_dim=embed_dim,
+    )
     with torch.device("meta"):
-        vqgan = VQGAN(VQGANConfig(**layout, attn_resolutions=attention, resolution=256, n_embed=n_embed, embed_dim=embed_dim))
-    return load_strictly(vqgan, tensors, path, "VQ-GAN weights").eval().requires_grad_(False)
+        vqgan = VQGAN(config)
+    return load_strictly(vqgan, tensors, path, what).eval().requires_grad_(False)
 
 
 def convert(source, target):
-    """Rewrite a PyTorch Lightning checkpoint's state_dict (without `loss.*`) as safetensors; nothing in the pickle is executed."""
-    # Lightning keys `callbacks` by this class; an inert namesake is all that the restricted unpickler may build.
-    stub = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    """Write the VQ-GAN of a PyTorch Lightning checkpoint, without `loss.*`, as safetensors.
+
+    Nothing that the pickle may carry is run. Raises UserError for whatever load_vqgan would refuse.
+    """
+    what = "VQ-GAN checkpoint"
+    hint = "give last.ckpt of taming's vqgan_imagenet_f16"
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise UserError(f"{what}: {source} is both input and output: name another output")
+    state = read_checkpoint(source, what, hint)
+    tensors = {name: state[name] for name in state if not name.startswith("loss.")}
+    build_vqgan(tensors, source, what, hint)
+    # safetensors takes no views: each tensor gets memory of its own.
+    tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    write_weights(target, tensors)
+    parameters = sum(value.numel() for value in tensors.values())
+    print(f"{os.fspath(target)!r}: {len(tensors)} tensors, {parameters:,} parameters")
+
+
+def read_checkpoint(path, what, hint):
+    """The state_dict of a PyTorch Lightning checkpoint, by torch's restricted unpickler."""
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file): {hint}")
+    callback = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
     try:
-        with torch.serialization.safe_globals([stub]):
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items() if not key.startswith("loss.")}
-    except FileNotFoundError:
-        raise UserError(f"VQ-GAN checkpoint not found at {source}") from None
-    except Exception as error:  # whatever a broken or malicious pickle raises
-        raise UserError(f"VQ-GAN checkpoint {source} cannot be read safely: {str(error).splitlines()[0][:200]}") from None
-    save_file(tensors, f"{target}.tmp")
-    os.replace(f"{target}.tmp", target)
-    print(f"{target}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters")
+        with torch.serialization.safe_globals([(Stub, callback)]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken or malicious pickle can raise anything
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
+        message = f"{what}: {path} cannot be read safely ({reason}), and nothing in it was run"
+        raise UserError(f"{message}: download it again") from None
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{what}: {path} holds no state_dict: {hint}")
+    return {str(name): value for name, value in state.items()}
+
+
+class Stub:
+    """Stands for the class by which Lightning keys `callbacks`, which is not installed here."""
+
+
+def run(argv=None):
+    parser = Parser(description="Convert taming's VQ-GAN checkpoint to safetensors, safely.")
+    parser.add_argument("source", metavar="IN.ckpt")
+    parser.add_argument("target", metavar="OUT.safetensors")
+    args = parser.parse_args(argv)
+    convert(args.source, args.target)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Convert taming's VQ-GAN checkpoint to safetensors, safely.")
-    parser.add_argument("source", metavar="IN.ckpt")
-    parser.add_argument("target", metavar="OUT.safetensors")
-    args = parser.parse_args()
-    try:
-        convert(args.source, args.target)
-    except UserError as error:
-        sys.exit(print(f"vqgan.py: {error}", file=sys.stderr) or 2)
+    run_command("vqgan.py", run)

@@ -1,27 +1,44 @@
 """The toy world, and the three small pretrained models that look at it.
 
-    python toy/make_toy.py                                            # draw the world into toy/data (about 20 s; drawn once)
-    python toy/make_toy.py clip --seed 0 --out toy                    # toy/clip.safetensors
-    python toy/make_toy.py clip --seed 0 --regime full --out elsewhere # the negative regime: attributes in every caption
-    python toy/make_toy.py vae --out toy                              # toy/vae.safetensors
-    python toy/make_toy.py vqgan --out toy                            # toy/vqgan.safetensors
+    python toy/make_toy.py                         # draws the world into toy/data, once
+    python toy/make_toy.py clip --seed 0           # toy/clip.safetensors
+    python toy/make_toy.py clip --regime full --out elsewhere   # attributes in every caption
+    python toy/make_toy.py vae                     # toy/vae.safetensors
+    python toy/make_toy.py vqgan                   # toy/vqgan.safetensors
 
-Each training is a few minutes on one CPU core (OMP_NUM_THREADS=1 is fastest there). Every image shows one of ten categories and has
-all nine attributes, one for each of MMVP's patterns. The committed CLIP names the category almost always, but reads the attributes
-poorly: the deficiency that GenHancer mends.
+Each training takes a few minutes on one CPU core. Every image shows one of ten categories, and
+has nine attributes, one for each pattern of MMVP. The committed CLIP names the category almost
+always, but reads the attributes poorly: this is the deficiency that GenHancer mends.
 """
-import argparse
-import colorsys
-import ctypes
-import io
-import json
-import math
+# These lines must run before the other imports.
 import os
 import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: a busy machine stays fast
+
+
+def report_exception(kind, error, trace):
+    """Say in one line that Ctrl-C was pressed, during the imports below too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("make_toy.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    sys.excepthook = report_exception
+
+import colorsys
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import signal
 import tarfile
+import tempfile
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw
@@ -29,22 +46,57 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))  # so that `python toy/make_toy.py` finds vae.py and vqgan.py
-from vae import AutoEncoder, AutoEncoderConfig  # noqa: E402
-from vqgan import VQGAN, VQGANConfig  # noqa: E402
+sys.path.insert(0, os.path.dirname(HERE))  # `python toy/make_toy.py` must find vae.py and vqgan.py
+from vae import (
+    AutoEncoder,
+    AutoEncoderConfig,
+    Parser,
+    UserError,
+    run_command,
+    write_weights,
+)
+from vqgan import VQGAN, VQGANConfig
 
-SIZE, ZOOM = 40, 4  # images are drawn at SIZE * ZOOM and box-reduced
-CATEGORIES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "hexagon", "moon", "house")
-COLOURS = {"red": (215, 40, 40), "orange": (240, 130, 25), "yellow": (225, 195, 30),
-           "green": (40, 150, 60), "blue": (40, 85, 215), "purple": (145, 50, 175)}
+# -------------------------------------------------------------------------------------------
+# What an image shows
+# -------------------------------------------------------------------------------------------
+
+CATEGORIES = (
+    "circle",
+    "square",
+    "triangle",
+    "diamond",
+    "star",
+    "cross",
+    "heart",
+    "hexagon",
+    "moon",
+    "house",
+)
+COLOURS = {
+    "red": (215, 40, 40),
+    "orange": (240, 130, 25),
+    "yellow": (225, 195, 30),
+    "green": (40, 150, 60),
+    "blue": (40, 85, 215),
+    "purple": (145, 50, 175),
+}
 SIDES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PLACES = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
-# MMVP's pattern: (attribute, its values, how a caption says it; {} is the value, * the category)
+PLACES = {
+    "upper left": (-1, -1),
+    "upper right": (1, -1),
+    "lower left": (-1, 1),
+    "lower right": (1, 1),
+}
+COUNTS = ("one block", "two blocks", "three blocks", "four blocks")
+
+# MMVP's pattern: the attribute that stands for it, the attribute's values, and how a statement
+# says it, with {} for the value and * for the category.
 PATTERNS = {
     "Orientation and Direction": ("orientation", tuple(SIDES), "* pointing {}"),
     "Presence of Specific Features": ("presence", ("sunny", "sunless"), "{} *"),
     "State and Condition": ("state", ("filled", "hollow"), "{} *"),
-    "Quantity and Count": ("count", ("one block", "two blocks", "three blocks", "four blocks"), "* above {}"),
+    "Quantity and Count": ("count", COUNTS, "* above {}"),
     "Positional and Relational Context": ("position", tuple(PLACES), "* in the {}"),
     "Color and Appearance": ("colour", tuple(COLOURS), "{} *"),
     "Structural and Physical Characteristics": ("structure", ("plain", "striped"), "{} *"),
@@ -53,113 +105,299 @@ PATTERNS = {
 }
 VALUES = {attribute: values for attribute, values, _ in PATTERNS.values()}
 PHRASES = {attribute: phrase for attribute, _, phrase in PATTERNS.values()}
-# The first word of every random seed: no two parts of the world share an image.
-CAPTIONED, UNLABELLED, ZEROSHOT_DEV, DEV, _, TEST, ZEROSHOT = range(7)  # 4 was seen while an earlier recipe was chosen
 
 
 def sample_scene(rng):
-    """A category and nine attributes, all independent and uniform."""
-    scene = {attribute: values[rng.integers(len(values))] for attribute, values in VALUES.items()}
-    return {"category": CATEGORIES[rng.integers(len(CATEGORIES))], **scene}
+    """A category and nine attributes, all independent and uniform: a dict of words."""
+    attributes = {}
+    for attribute, values in VALUES.items():
+        attributes[attribute] = values[rng.integers(len(values))]
+    category = CATEGORIES[rng.integers(len(CATEGORIES))]
+    return {"category": category, **attributes}
 
 
 def describe(category, *attributes):
-    """English for a category and some (attribute, value): "a hollow red star pointing left"."""
+    """English for a category and (attribute, value) pairs: "a hollow red star pointing left"."""
     words = category
     for attribute, value in attributes:
         words = PHRASES[attribute].format(value).replace("*", words)
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"{article} {words}"
 
 
-def regular(corners, turn=0.0):
-    return [(math.sin(turn + 2 * math.pi * k / corners), -math.cos(turn + 2 * math.pi * k / corners)) for k in range(corners)]
+# -------------------------------------------------------------------------------------------
+# Drawing one image
+# -------------------------------------------------------------------------------------------
 
-
-def outline(category):
-    """The polygon of a category about the origin, within about the unit disc, y downwards."""
-    if category == "circle":
-        return [(0.9 * x, 0.9 * y) for x, y in regular(24)]
-    if category == "star":
-        return [(x * r, y * r) for (x, y), r in zip(regular(10), (1.08, 0.45) * 5)]
-    if category == "heart":
-        angles = [2 * math.pi * k / 32 for k in range(32)]
-        return [(math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 15) for a in angles]
-    if category == "moon":  # an arc of the unit circle, and back along a flatter one
-        far = [(-math.cos(a), math.sin(a)) for a in np.linspace(-2.2, 2.2, 20)]
-        near = [(0.75 - 1.05 * math.cos(a), 0.9 * math.sin(a)) for a in np.linspace(1.1, -1.1, 14)]
-        return [(x + 0.15, y) for x, y in far + near]
-    return {"square": [(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)], "triangle": [(0, -1), (.95, .75), (-.95, .75)],
-            "diamond": [(0, -1.05), (.7, 0), (0, 1.05), (-.7, 0)], "hexagon": [(-.5, -.75), (.5, -.75), (1.1, 0), (.5, .75), (-.5, .75), (-1.1, 0)],
-            "cross": [(-.32, -1), (.32, -1), (.32, -.32), (1, -.32), (1, .32), (.32, .32),
-                      (.32, 1), (-.32, 1), (-.32, .32), (-1, .32), (-1, -.32), (-.32, -.32)],
-            "house": [(0, -1), (1, -.2), (.7, -.2), (.7, .9), (-.7, .9), (-.7, -.2), (-1, -.2)]}[category]
-
-
-OUTLINES = {category: np.array(outline(category)) for category in CATEGORIES}
-STROKES = {"X": [(-1, -1, 1, 1), (-1, 1, 1, -1)], "T": [(-1, -1, 1, -1), (0, -1, 0, 1)], "L": [(-1, -1, -1, 1), (-1, 1, 1, 1)]}
-RAYS = regular(8)
+SIZE = 40  # pixels a side
+ZOOM = 4  # an image is drawn at SIZE * ZOOM, then each ZOOM x ZOOM box is averaged
 INK = (60, 60, 70)
+GOLD = (250, 180, 10)
+
+
+def regular(corners):
+    """A regular polygon in the unit circle: its first corner on top, clockwise."""
+    angles = [2 * math.pi * k / corners for k in range(corners)]
+    return [(math.sin(angle), -math.cos(angle)) for angle in angles]
+
+
+def star():
+    radii = (1.08, 0.45) * 5
+    return [(x * radius, y * radius) for (x, y), radius in zip(regular(10), radii, strict=True)]
+
+
+def heart():
+    points = []
+    for k in range(32):
+        a = 2 * math.pi * k / 32
+        height = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+        points.append((math.sin(a) ** 3, -height / 15))
+    return points
+
+
+def moon():
+    """An arc of the unit circle, and back along a flatter one."""
+    far = [(-math.cos(a), math.sin(a)) for a in np.linspace(-2.2, 2.2, 20)]
+    near = [(0.75 - 1.05 * math.cos(a), 0.9 * math.sin(a)) for a in np.linspace(1.1, -1.1, 14)]
+    return [(x + 0.15, y) for x, y in far + near]
+
+
+# fmt: off
+CROSS = [
+    (-0.32, -1), (0.32, -1),
+    (0.32, -0.32), (1, -0.32),
+    (1, 0.32), (0.32, 0.32),
+    (0.32, 1), (-0.32, 1),
+    (-0.32, 0.32), (-1, 0.32),
+    (-1, -0.32), (-0.32, -0.32),
+]
+HEXAGON = [
+    (-0.5, -0.75), (0.5, -0.75),
+    (1.1, 0),
+    (0.5, 0.75), (-0.5, 0.75),
+    (-1.1, 0),
+]
+HOUSE = [
+    (0, -1),
+    (1, -0.2), (0.7, -0.2),
+    (0.7, 0.9), (-0.7, 0.9),
+    (-0.7, -0.2), (-1, -0.2),
+]
+# fmt: on
+# The polygon of each category about the origin, within about the unit circle, y downwards.
+POLYGONS = {
+    "circle": [(0.9 * x, 0.9 * y) for x, y in regular(24)],
+    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+    "triangle": [(0, -1), (0.95, 0.75), (-0.95, 0.75)],
+    "diamond": [(0, -1.05), (0.7, 0), (0, 1.05), (-0.7, 0)],
+    "star": star(),
+    "cross": CROSS,
+    "heart": heart(),
+    "hexagon": HEXAGON,
+    "moon": moon(),
+    "house": HOUSE,
+}
+POLYGONS = {category: np.array(points) for category, points in POLYGONS.items()}
+RAYS = regular(8)
+STROKES = {
+    "X": [(-1, -1, 1, 1), (-1, 1, 1, -1)],
+    "T": [(-1, -1, 1, -1), (0, -1, 0, 1)],
+    "L": [(-1, -1, -1, 1), (-1, 1, 1, 1)],
+}
 
 
 def draw(scene, rng):
-    """Draw a scene: (SIZE, SIZE, 3) uint8. `rng` gives the nuisance: jitter, rotation, shades, gain and noise."""
-    shade = lambda colour: tuple(min(max(c + int(d), 0), 255) for c, d in zip(colour, rng.integers(-12, 13, 3)))
-    place = lambda x, y: (ZOOM * (x + rng.uniform(-0.8, 0.8)), ZOOM * (y + rng.uniform(-0.8, 0.8)))  # the jitter, in pixels of the final image
-    background = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.06), rng.uniform(0.86, 0.95))) * 255
-    image = Image.new("RGB", (SIZE * ZOOM, SIZE * ZOOM), tuple(background.astype(int).tolist()))
+    """Draw a scene: (SIZE, SIZE, 3) uint8.
+
+    `rng` gives what no statement speaks of: jitter, rotation, shades, brightness and noise.
+    The order of its draws is part of the world.
+    """
+    hue = rng.uniform()
+    saturation = rng.uniform(0, 0.06)
+    background = np.array(colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.86, 0.95))) * 255
+    side = SIZE * ZOOM
+    image = Image.new("RGB", (side, side), tuple(background.astype(int).tolist()))
     pen = ImageDraw.Draw(image)
 
     if scene["presence"] == "sunny":
-        (x, y), gold = place(34, 6), shade((250, 180, 10))
-        for dx, dy in RAYS:
-            pen.line((x, y, x + 20 * dx, y + 20 * dy), gold, 5)
-        pen.ellipse((x - 13, y - 13, x + 13, y + 13), gold)
+        draw_sun(pen, rng)
+    draw_letter(pen, scene["text"], rng)
+    draw_blocks(pen, 1 + COUNTS.index(scene["count"]), rng)
+    draw_shape(image, pen, scene, rng)
 
-    (x, y), ink = place(6, 6), shade(INK)
-    if scene["text"] == "O":
-        pen.ellipse((x - 16, y - 16, x + 16, y + 16), None, ink, 7)
-    else:
-        for x0, y0, x1, y1 in STROKES[scene["text"]]:
-            pen.line((x + 14 * x0, y + 14 * y0, x + 14 * x1, y + 14 * y1), ink, 7)
-
-    count = 1 + VALUES["count"].index(scene["count"])
-    (x, y), ink = place(20, 37.6), shade(INK)
-    for k in range(count):
-        left = x + 24 * (k - (count - 1) / 2) - 6
-        pen.rectangle((left, y - 6, left + 12, y + 6), ink)
-
-    dx, dy = PLACES[scene["position"]]
-    center = place(20 + 6 * dx, 20.5 + 2.5 * dy)
-    radius = ZOOM * (8.3 if scene["viewpoint"] == "nearby" else 5.6)
-    turn = rng.uniform(-0.1, 0.1)
-    rotation = np.array(((math.cos(turn), -math.sin(turn)), (math.sin(turn), math.cos(turn))))
-    points = [tuple(p) for p in (OUTLINES[scene["category"]] @ rotation.T * radius + center).tolist()]
-    colour, dark = shade(COLOURS[scene["colour"]]), shade(INK)
-    if scene["state"] == "filled":
-        pen.polygon(points, colour)
-    if scene["structure"] == "striped":
-        inside, stripes = Image.new("1", image.size), Image.new("1", image.size)
-        ImageDraw.Draw(inside).polygon(points, 1)
-        for k in range(-2, 3):
-            ImageDraw.Draw(stripes).line((0, center[1] + 16 * k, image.width, center[1] + 16 * k), 1, 5)
-        image.paste(dark, mask=ImageChops.logical_and(inside, stripes))
-    if scene["state"] == "hollow":
-        pen.line([*points, points[0], points[1]], colour, 7, joint="curve")
-    dx, dy = SIDES[scene["orientation"]]
-    x, y = center[0] + (radius + 2) * dx, center[1] + (radius + 2) * dy
-    pen.polygon([(x + 16 * dx, y + 16 * dy), (x + 10 * dy, y + 10 * dx), (x - 10 * dy, y - 10 * dx)], dark)
-
-    pixels = np.asarray(image.reduce(ZOOM), dtype=np.float32) * rng.uniform(0.96, 1.04)
+    pixels = np.asarray(image.reduce(ZOOM), dtype=np.float32)
+    pixels = pixels * rng.uniform(0.96, 1.04)
     pixels += rng.uniform(1, 4) * rng.standard_normal(pixels.shape, dtype=np.float32)
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
+def jitter(x, y, rng):
+    """A point near (x, y), which counts the final image's pixels; the result the drawn one's."""
+    x += rng.uniform(-0.8, 0.8)
+    y += rng.uniform(-0.8, 0.8)
+    return ZOOM * x, ZOOM * y
+
+
+def shade(colour, rng):
+    """A colour near `colour`."""
+    shifts = rng.integers(-12, 13, 3).tolist()
+    return tuple(min(max(c + shift, 0), 255) for c, shift in zip(colour, shifts, strict=True))
+
+
+def disc(x, y, radius):
+    """The box about a disc, as Pillow wants it."""
+    return (x - radius, y - radius, x + radius, y + radius)
+
+
+def draw_sun(pen, rng):
+    x, y = jitter(34, 6, rng)
+    gold = shade(GOLD, rng)
+    for dx, dy in RAYS:
+        pen.line((x, y, x + 20 * dx, y + 20 * dy), gold, 5)
+    pen.ellipse(disc(x, y, 13), gold)
+
+
+def draw_letter(pen, letter, rng):
+    x, y = jitter(6, 6, rng)
+    ink = shade(INK, rng)
+    if letter == "O":
+        pen.ellipse(disc(x, y, 16), None, ink, 7)
+        return
+    for x0, y0, x1, y1 in STROKES[letter]:
+        pen.line((x + 14 * x0, y + 14 * y0, x + 14 * x1, y + 14 * y1), ink, 7)
+
+
+def draw_blocks(pen, count, rng):
+    x, y = jitter(20, 37.6, rng)
+    ink = shade(INK, rng)
+    for k in range(count):
+        left = x + 24 * (k - (count - 1) / 2) - 6
+        pen.rectangle((left, y - 6, left + 12, y + 6), ink)
+
+
+def draw_shape(image, pen, scene, rng):
+    """The category's polygon in its place, and the pointer at one of its sides."""
+    dx, dy = PLACES[scene["position"]]
+    center = jitter(20 + 6 * dx, 20.5 + 2.5 * dy, rng)
+    radius = ZOOM * (8.3 if scene["viewpoint"] == "nearby" else 5.6)
+    turn = rng.uniform(-0.1, 0.1)
+    cos, sin = math.cos(turn), math.sin(turn)
+    rotation = np.array(((cos, -sin), (sin, cos)))
+    polygon = POLYGONS[scene["category"]] @ rotation.T * radius + center
+    points = [tuple(point) for point in polygon.tolist()]
+    colour = shade(COLOURS[scene["colour"]], rng)
+    ink = shade(INK, rng)
+
+    if scene["state"] == "filled":
+        pen.polygon(points, colour)
+    if scene["structure"] == "striped":
+        inside = Image.new("1", image.size)
+        ImageDraw.Draw(inside).polygon(points, 1)
+        stripes = Image.new("1", image.size)
+        for k in range(-2, 3):
+            y = center[1] + 16 * k
+            ImageDraw.Draw(stripes).line((0, y, image.width, y), 1, 5)
+        image.paste(ink, mask=ImageChops.logical_and(inside, stripes))
+    if scene["state"] == "hollow":
+        pen.line([*points, points[0], points[1]], colour, 7, joint="curve")
+
+    dx, dy = SIDES[scene["orientation"]]
+    x = center[0] + (radius + 2) * dx
+    y = center[1] + (radius + 2) * dy
+    tip = (x + 16 * dx, y + 16 * dy)
+    pen.polygon([tip, (x + 10 * dy, y + 10 * dx), (x - 10 * dy, y - 10 * dx)], ink)
+
+
+# -------------------------------------------------------------------------------------------
+# The world: its parts, and how they are written
+# -------------------------------------------------------------------------------------------
+
+# The first word of every random seed: no two parts of the world share an image. Part 4 was the
+# test benchmark of an earlier recipe, and is not drawn again.
+CAPTIONED, UNLABELLED, ZEROSHOT_DEV, DEV, TEST, ZEROSHOT = 0, 1, 2, 3, 5, 6
+N_CAPTIONED = 24_000
+N_TRAIN = 23_488
+N_HELD_OUT = 512
+FOLDERS = ("train", "val", "mmvp", "mmvp-dev", "zeroshot", "zeroshot-dev")
+
+
+def draw_world(folder, train=N_TRAIN, held_out=N_HELD_OUT, pairs=100, images=2000):
+    """Draw the toy world into `folder`, unless it is there: whole, or not at all.
+
+    train/ and val/ hold tar shards with `train` and `held_out` unlabelled images. mmvp/ is a
+    benchmark with `pairs` pairs for each pattern, zeroshot/ a classification with `images`
+    images; mmvp-dev/ and zeroshot-dev/ are others of the same kind, to choose settings on.
+    The same sizes give the same bytes. Raises UserError if `folder` is there and is no world,
+    or cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.isdir(folder):
+        check_world(folder)
+        return
+    parent, name = os.path.split(folder)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".part", dir=parent) as private:
+            new = os.path.join(private, name)
+            os.mkdir(new)
+            parts = (
+                write_shards(f"{new}/train", range(train)),
+                write_shards(f"{new}/val", range(train, train + held_out)),
+                write_benchmark(f"{new}/mmvp", TEST, pairs),
+                write_benchmark(f"{new}/mmvp-dev", DEV, pairs),
+                write_classes(f"{new}/zeroshot", ZEROSHOT, images),
+                write_classes(f"{new}/zeroshot-dev", ZEROSHOT_DEV, images),
+            )
+            total = train + held_out + 2 * (2 * pairs * len(PATTERNS) + images)
+            with tqdm(total=total, desc="drawing the toy world", unit="image") as bar:
+                for part in parts:
+                    for _ in part:
+                        bar.update()
+            if not os.path.isdir(folder):  # unless another process was faster
+                os.rename(new, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "make room or mend its folder, then run the same command again"
+        raise UserError(f"{folder} could not be drawn ({reason}): {advice}") from None
+
+
+def check_world(folder):
+    for part in FOLDERS:
+        if not os.path.isdir(os.path.join(folder, part)):
+            advice = "move it away, so that the world can be drawn there"
+            raise UserError(f"{folder} is there but has no {part}/: {advice}")
+
+
+def in_parallel(function, jobs):
+    """`function` of each job, in order, computed on all cores."""
+    # A forked process does not import torch anew.
+    method = "fork" if sys.platform == "linux" else None
+    context = multiprocessing.get_context(method)
+    # Ctrl-C is the business of the process that started the others: they ignore it.
+    quiet = (signal.SIGINT, signal.SIG_IGN)
+    with context.Pool(initializer=signal.signal, initargs=quiet) as pool:
+        yield from pool.imap(function, jobs, chunksize=32)
+
+
+def draw_sample(job):
+    """Image `index` of a part of the world, (part, index) -> (pixels, scene).
+
+    It is the same however many are drawn.
+    """
+    rng = np.random.default_rng(job)
+    scene = sample_scene(rng)
+    return draw(scene, rng), scene
+
+
 def draw_part(part, indices):
-    """Images (uint8 arrays) and scenes of one part of the world; image i is the same however many are drawn."""
-    for i in indices:
-        rng = np.random.default_rng((part, i))
-        scene = sample_scene(rng)
-        yield draw(scene, rng), scene
+    """Yield the images (uint8 arrays) and scenes of one part of the world."""
+    return in_parallel(draw_sample, [(part, index) for index in indices])
+
+
+def draw_jpeg(job):
+    """The same image as a file: (part, index) -> (bytes, scene)."""
+    pixels, scene = draw_sample(job)
+    return jpeg(pixels), scene
 
 
 def jpeg(pixels):
@@ -169,84 +407,121 @@ def jpeg(pixels):
 
 
 def write_shards(folder, indices, per_shard=10_000):
-    """Tar shards as img2dataset writes them. The captions are empty: these images are the unlabelled ones."""
+    """Write unlabelled images as img2dataset does, in tar shards; yield after each image.
+
+    The captions are empty.
+    """
     os.makedirs(folder)
-    for shard, start in enumerate(range(0, len(indices), per_shard)):
-        with tarfile.open(f"{folder}/{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for k, (pixels, _) in enumerate(draw_part(UNLABELLED, indices[start:start + per_shard])):
+    drawn = in_parallel(draw_jpeg, [(UNLABELLED, index) for index in indices])
+    for shard in range(math.ceil(len(indices) / per_shard)):
+        path = f"{folder}/{shard:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for k, (data, _) in enumerate(itertools.islice(drawn, per_shard)):
                 key = f"{shard:05d}{k:04d}"
-                about = {"caption": "", "key": key, "status": "success", "width": SIZE, "height": SIZE}
-                for kind, data in (("jpg", jpeg(pixels)), ("txt", b""), ("json", json.dumps(about).encode())):
-                    member = tarfile.TarInfo(f"{key}.{kind}")  # its mtime is 0: equal worlds are equal bytes
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                about = {"caption": "", "key": key, "status": "success"}
+                about |= {"width": SIZE, "height": SIZE}
+                add_member(tar, f"{key}.jpg", data)
+                add_member(tar, f"{key}.txt", b"")
+                add_member(tar, f"{key}.json", json.dumps(about).encode())
                 yield
+
+
+def add_member(tar, name, data):
+    member = tarfile.TarInfo(name)  # its time is 0: equal worlds are equal bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def write_benchmark(folder, seed, pairs=100):
-    """A benchmark in MMVP-VLM's layout: the two images of a pair differ in one attribute (and in the nuisance)."""
-    rows, number = ["Question ID,Type,Statement"], 0
-    for k, (pattern, (attribute, values, _)) in enumerate(PATTERNS.items()):
+    """Write a benchmark in the layout of MMVP-VLM; yield after each image.
+
+    The two images of a pair differ in one attribute, and in what no statement speaks of.
+    """
+    for pattern in PATTERNS:
         os.makedirs(f"{folder}/MLLM_VLM Images/{pattern}")
-        for pair in range(pairs):
-            rng = np.random.default_rng((seed, k, pair))
-            scene = sample_scene(rng)
-            for value in rng.choice(values, 2, replace=False):
-                number += 1
-                rows.append(f"{number},{pattern},{describe(scene['category'], (attribute, value))}")
-                with open(f"{folder}/MLLM_VLM Images/{pattern}/{number}.jpg", "wb") as file:
-                    file.write(jpeg(draw({**scene, attribute: str(value)}, rng)))
-                yield
-    with open(f"{folder}/Questions.csv", "w") as file:
+    jobs = [(seed, k, pair) for k in range(len(PATTERNS)) for pair in range(pairs)]
+    rows = ["Question ID,Type,Statement"]
+    for pattern, pair in in_parallel(draw_pair, jobs):
+        for data, statement in pair:
+            number = len(rows)
+            rows.append(f"{number},{pattern},{statement}")
+            with open(f"{folder}/MLLM_VLM Images/{pattern}/{number}.jpg", "wb") as file:
+                file.write(data)
+            yield
+    with open(f"{folder}/Questions.csv", "w", encoding="utf-8") as file:
         file.write("\n".join(rows) + "\n")
 
 
+def draw_pair(job):
+    """(seed, pattern's number, pair's number) -> pattern, two (JPEG file, statement)."""
+    rng = np.random.default_rng(job)
+    scene = sample_scene(rng)
+    pattern = list(PATTERNS)[job[1]]
+    attribute, values, _ = PATTERNS[pattern]
+    pair = []
+    for value in rng.choice(values, 2, replace=False).tolist():
+        statement = describe(scene["category"], (attribute, value))
+        pixels = draw({**scene, attribute: value}, rng)
+        pair.append((jpeg(pixels), statement))
+    return pattern, pair
+
+
 def write_classes(folder, seed, images=2000):
-    """A folder of images for each category."""
+    """Write a folder of images for each category; yield after each image."""
     for category in CATEGORIES:
         os.makedirs(f"{folder}/{category}")
-    for i, (pixels, scene) in enumerate(draw_part(seed, range(images))):
-        with open(f"{folder}/{scene['category']}/{i:04d}.jpg", "wb") as file:
-            file.write(jpeg(pixels))
+    jobs = [(seed, index) for index in range(images)]
+    for index, (data, scene) in enumerate(in_parallel(draw_jpeg, jobs)):
+        with open(f"{folder}/{scene['category']}/{index:04d}.jpg", "wb") as file:
+            file.write(data)
         yield
 
 
-TRAIN, HELD_OUT = range(23_488), range(23_488, 24_000)
-
-
-def draw_world(folder):
-    """Draw the toy world into `folder`: train/, val/, mmvp/, zeroshot/, and mmvp-dev/, zeroshot-dev/ to choose settings on. Not twice."""
-    if os.path.isdir(folder):
-        return
-    folder = os.path.abspath(folder)
-    new = f"{folder}.{os.getpid()}.tmp"  # moved into place when complete, so that a killed run leaves no half world
-    os.makedirs(new)
-    parts = (write_shards(f"{new}/train", TRAIN), write_shards(f"{new}/val", HELD_OUT), write_benchmark(f"{new}/mmvp", TEST),
-             write_benchmark(f"{new}/mmvp-dev", DEV), write_classes(f"{new}/zeroshot", ZEROSHOT), write_classes(f"{new}/zeroshot-dev", ZEROSHOT_DEV))
-    with tqdm(total=24_000 + 2 * (1800 + 2000), desc="drawing the toy world", unit="image") as bar:
-        for part in parts:
-            for _ in part:
-                bar.update()
-    os.replace(new, folder)
+# -------------------------------------------------------------------------------------------
+# What the three trainings share
+# -------------------------------------------------------------------------------------------
 
 
 def tensor_part(part, indices, what):
     """One part of the world in memory: images (N, 3, SIZE, SIZE) uint8, and their scenes."""
-    drawn = list(tqdm(draw_part(part, indices), total=len(indices), desc=f"drawing {what}", unit="image"))
-    return torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2).contiguous(), [scene for _, scene in drawn]
+    images = torch.empty(len(indices), 3, SIZE, SIZE, dtype=torch.uint8)
+    scenes = []
+    drawn = draw_part(part, indices)
+    for pixels, scene in tqdm(drawn, f"drawing {what}", len(indices), unit="image"):
+        images[len(scenes)] = torch.from_numpy(pixels).permute(2, 0, 1)
+        scenes.append(scene)
+    return images, scenes
+
+
+def unlabelled():
+    """What the autoencoders learn from, and what they are judged by: (N, 3, SIZE, SIZE) uint8."""
+    held_out_indices = range(N_TRAIN, N_TRAIN + N_HELD_OUT)
+    train, _ = tensor_part(UNLABELLED, range(N_TRAIN), "training images")
+    held_out, _ = tensor_part(UNLABELLED, held_out_indices, "held-out images")
+    return train, held_out
+
+
+def scale(images):
+    """uint8 to [-1, 1]."""
+    return images / 127.5 - 1
+
+
+def random_batch(images, size):
+    return scale(images[torch.randint(len(images), (size,))])
 
 
 def fit(parameters, loss_of_step, steps, lr, weight_decay=0.0):
-    """AdamW with a one-cycle rate: what the three trainings share. `loss_of_step(step)` draws its own batch."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    """Train with AdamW and a one-cycle rate. `loss_of_step(step)` draws its own batch."""
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is slower than float32
     with tqdm(range(steps), desc="training", unit="step") as bar:
         for step in bar:
-            # bf16 doubles the speed where the CPU has it, but the backward of CPU flash attention is slow there: hence MATH
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            # The CPU's flash attention is slow backwards, hence MATH.
+            with torch.autocast("cpu", torch.bfloat16, bf16), sdpa_kernel(SDPBackend.MATH):
                 loss = loss_of_step(step)
             if not loss.isfinite():
-                sys.exit(f"make_toy.py: the loss is {loss.item()} at step {step}: try another --seed")
+                raise UserError(f"the loss is {loss.item()} at step {step}: try another --seed")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -256,140 +531,231 @@ def fit(parameters, loss_of_step, steps, lr, weight_decay=0.0):
 
 
 def save(module, path, metadata=None):
-    """float16 safetensors, moved into place when complete. Its bytes depend on the weights alone."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(safetensors.torch.save(tensors, metadata))
-    os.replace(f"{path}.tmp", path)
+    """Write the weights in float16."""
+    tensors = {name: tensor.half() for name, tensor in module.state_dict().items()}
+    write_weights(path, tensors, metadata)
     print(f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB")
 
 
-def caption(scene, chance, rng):
-    """A caption that names the category, and each attribute with probability `chance`, in random order."""
-    named = [attribute for attribute in rng.permutation(list(VALUES)) if rng.uniform() < chance]
-    return "a photo of " + describe(scene["category"], *((a, scene[a]) for a in named)) + ("" if named else ".")
+# -------------------------------------------------------------------------------------------
+# CLIP
+# -------------------------------------------------------------------------------------------
 
 
-def train_clip(out, seed, steps, regime):
-    """A CLIP that is weak in the right way: few captions name attributes, so that the text tower learns the words for them,
-    while the image tower, having seen each on some 300 images only, reads them noisily. `full` names them on all images."""
+def train_clip(path, steps, regime):
+    """Train a CLIP that is weak in the right way.
+
+    Few captions name attributes ("weak"). So the text tower learns the words for them, while the
+    image tower, which has seen each on some 300 images only, reads them noisily. With the regime
+    "full", every caption may name them.
+    """
     import open_clip
+
     open_clip.add_model_config(os.path.join(HERE, "toy-clip.json"))
-    clip, tokenizer = open_clip.create_model("toy-clip"), open_clip.get_tokenizer("toy-clip")
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.visual.image_mean, clip.visual.image_std))
-    images, scenes = tensor_part(CAPTIONED, range(24_000), "captioned images")
-    rich = 24_000 if regime == "full" else 1500  # how many captions name attributes
-    rng = np.random.default_rng((CAPTIONED, 24_000))  # a seed that no image has
-    texts = tokenizer([caption(scene, 0.2 if i < rich else 0.0, rng) for i, scene in enumerate(scenes)])
+    clip = open_clip.create_model("toy-clip")
+    tokenizer = open_clip.get_tokenizer("toy-clip")
+    mean = torch.tensor(clip.visual.image_mean).view(3, 1, 1)
+    std = torch.tensor(clip.visual.image_std).view(3, 1, 1)
+    images, scenes = tensor_part(CAPTIONED, range(N_CAPTIONED), "captioned images")
+    rich = {"weak": 1500, "full": N_CAPTIONED}[regime]  # how many captions may name attributes
+    rng = np.random.default_rng((CAPTIONED, N_CAPTIONED))  # a seed that no image has
+    captions = [caption(scene, 0.2 if i < rich else 0.0, rng) for i, scene in enumerate(scenes)]
+    texts = tokenizer(captions)
 
     def loss(step):
-        pick = torch.cat((torch.randint(rich, (80,)), torch.randint(len(images), (80,))))  # half of each batch from the rich
-        distinct, which = texts[pick].unique(dim=0, return_inverse=True)  # "a photo of a star." is encoded once
+        half_rich = torch.randint(rich, (80,))
+        rest = torch.randint(len(images), (80,))
+        pick = torch.cat((half_rich, rest))
+        distinct, which = texts[pick].unique(dim=0, return_inverse=True)  # encode each text once
         image = clip.encode_image((images[pick] / 255 - mean) / std, normalize=True)
         text = clip.encode_text(distinct, normalize=True)[which]
-        logits, target = (clip.logit_scale.exp() * image @ text.T).float(), torch.arange(len(pick))
+        logits = (clip.logit_scale.exp() * image @ text.T).float()
+        target = torch.arange(len(pick))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     fit(clip.parameters(), loss, steps, lr=2e-3, weight_decay=0.05)
-    unused = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
+    embedding = clip.token_embedding.weight.data
+    unused = torch.ones(len(embedding), dtype=torch.bool)
     unused[texts.unique()] = False
-    clip.token_embedding.weight.data[unused] = 0  # words that no caption has: zeros compress
-    save(clip, os.path.join(out, "clip.safetensors"))
+    embedding[unused] = 0  # the words of no caption: zeros compress
+    save(clip, path)
 
 
-def unlabelled():
-    """Training and held-out images of the two tokenizers: uint8 (N, 3, SIZE, SIZE)."""
-    return tensor_part(UNLABELLED, TRAIN, "training images")[0], tensor_part(UNLABELLED, HELD_OUT, "held-out images")[0]
+def caption(scene, chance, rng):
+    """Name the category, and each attribute with probability `chance`, in random order."""
+    named = [attribute for attribute in rng.permutation(list(VALUES)) if rng.uniform() < chance]
+    words = describe(scene["category"], *[(attribute, scene[attribute]) for attribute in named])
+    end = "" if named else "."
+    return f"a photo of {words}{end}"
 
 
-def batch(images, size):
-    """A random batch, in [-1, 1]."""
-    return images[torch.randint(len(images), (size,))] / 127.5 - 1
+# -------------------------------------------------------------------------------------------
+# The two autoencoders
+# -------------------------------------------------------------------------------------------
 
 
-def psnr(images, reconstruct):
-    """In dB, from the mean squared error over all `images` (uint8)."""
-    error = [F.mse_loss(reconstruct(x / 127.5 - 1).clamp(-1, 1) / 2, (x / 127.5 - 1) / 2) for x in images.split(64)]
-    return -10 * math.log10(torch.stack(error).mean())
-
-
-def distance(reconstruction, images):
-    return F.mse_loss(reconstruction.float(), images) + 0.2 * F.l1_loss(reconstruction.float(), images)
-
-
-def train_vae(out, steps):
-    """Factor 4, 4 channels: latents (4, 10, 10). The KL term only keeps the latents' scale in bounds."""
+def train_vae(path, steps):
+    """Train a VAE: factor 4, 4 channels, hence latents (4, 10, 10)."""
     train, held_out = unlabelled()
-    vae = AutoEncoder(AutoEncoderConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4, scale_factor=1.0, shift_factor=0.0))
+    config = AutoEncoderConfig(
+        ch=32,
+        ch_mult=(1, 1, 2),
+        num_res_blocks=1,
+        z_channels=4,
+        scale_factor=1.0,
+        shift_factor=0.0,
+    )
+    vae = AutoEncoder(config)
 
     def loss(step):
-        x = batch(train, 32)
-        mean, logvar = (m.float() for m in vae.moments(x))
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        x = random_batch(train, 32)
+        mean, logvar = vae.moments(x)
+        mean = mean.float()
+        logvar = logvar.float()
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        return distance(vae.decoder(z), x) + 1e-4 * kl
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return distance(vae.decoder(z), x) + 1e-4 * kl  # it only keeps the latents in bounds
 
     fit(vae.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
-        z = torch.cat([vae.encode(x / 127.5 - 1) for x in train[:2048].split(64)])
-        print(f"held-out PSNR {psnr(held_out, lambda x: vae.decode(vae.encode(x))):.2f} dB")
-    save(vae, os.path.join(out, "vae.safetensors"), {"scale_factor": f"{1 / z.std():.4f}", "shift_factor": f"{z.mean():.4f}"})
+        z = torch.cat([vae.encode(scale(x)) for x in train[:2048].split(64)])
+        quality = psnr(held_out, vae)
+    print(f"PSNR on held-out images: {quality:.2f} dB")
+    about = {"scale_factor": f"{1 / z.std():.4f}", "shift_factor": f"{z.mean():.4f}"}
+    save(vae, path, about)
 
 
-def train_vqgan(out, steps, size=512, warm=0.15):
-    """Factor 8: 5 x 5 codes of 512. Reconstruction, codebook and commitment losses; no discriminator."""
+def train_vqgan(path, steps):
+    """Train a VQ-GAN: factor 8, hence 5 x 5 codes of 512.
+
+    Reconstruction, codebook and commitment losses (VQ-VAE, Eq. 3); no discriminator.
+    """
     train, held_out = unlabelled()
-    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), z_channels=64, n_embed=size, embed_dim=8))
-    codebook, uses = vqgan.quantize.embedding.weight, torch.zeros(size)
-    first = int(steps * warm)  # an autoencoder first: codes are seeded from vectors that already say something
+    config = VQGANConfig(
+        ch=32,
+        ch_mult=(1, 1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        z_channels=64,
+        n_embed=512,
+        embed_dim=8,
+    )
+    vqgan = VQGAN(config)
+    codebook = vqgan.quantize.embedding.weight
+    uses = torch.zeros(len(codebook))
+    warm = int(0.15 * steps)  # plain autoencoding first, so that codes start from useful vectors
 
     def loss(step):
-        x = batch(train, 32)
+        x = random_batch(train, 32)
         z = vqgan.pre_quantize(x).float()  # (B, embed_dim, h, w)
-        extra, codes = 0, z
-        if step >= first:
-            if (step - first) % 50 == 0 and step < 0.8 * steps:  # re-seed the codes that the last 50 batches did not use
-                vectors, dead = z.detach().transpose(0, 1).flatten(1).T, (uses == 0).nonzero()[:, 0]
-                codebook.data[dead] = vectors[torch.randperm(len(vectors))[:len(dead)]]
-                uses.zero_()
-            indices = vqgan.quantize(z)
-            uses.add_(indices.flatten().bincount(minlength=size))
-            codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)
-            extra = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
-            codes = z + (codes - z).detach()  # straight through: the gradient skips the choice
-        return distance(vqgan.decoder(vqgan.post_quant_conv(codes)), x) + extra
+        if step < warm:
+            return distance(vqgan.decoder(vqgan.post_quant_conv(z)), x)
+        if (step - warm) % 50 == 0 and step < 0.8 * steps:
+            reseed(codebook, uses, z)
+        indices = vqgan.quantize(z)
+        uses.add_(indices.flatten().bincount(minlength=len(codebook)))
+        codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)
+        commitment = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
+        codes = z + (codes - z).detach()  # straight through: the gradient skips the choice
+        return distance(vqgan.decoder(vqgan.post_quant_conv(codes)), x) + commitment
 
     fit(vqgan.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
-        used = torch.cat([vqgan.encode(x / 127.5 - 1).flatten() for x in held_out.split(64)]).unique()
-        print(f"held-out PSNR {psnr(held_out, lambda x: vqgan.decode(vqgan.encode(x))):.2f} dB, {len(used)} of {size} codes used")
-    save(vqgan, os.path.join(out, "vqgan.safetensors"))
+        indices = [vqgan.encode(scale(x)).flatten() for x in held_out.split(64)]
+        quality = psnr(held_out, vqgan)
+    used = len(torch.cat(indices).unique())
+    print(f"PSNR on held-out images: {quality:.2f} dB; {used} of {len(codebook)} codes used")
+    save(vqgan, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Draw the toy world, or train one of its pretrained models.")
-    parser.add_argument("what", nargs="?", default="world", choices=("world", "clip", "vae", "vqgan"))
-    parser.add_argument("--out", help="the folder of the world (toy/data), or of the weights (toy)")
-    parser.add_argument("--seed", type=int, default=0, help="of a training; the world's seeds are fixed")
+def reseed(codebook, uses, z):
+    """Move the codes that were not used of late onto vectors of this batch; count anew."""
+    vectors = z.detach().transpose(0, 1).flatten(1).T
+    dead = (uses == 0).nonzero()[:, 0]
+    codebook.data[dead] = vectors[torch.randperm(len(vectors))[: len(dead)]]
+    uses.zero_()
+
+
+def distance(reconstruction, images):
+    reconstruction = reconstruction.float()
+    return F.mse_loss(reconstruction, images) + 0.2 * F.l1_loss(reconstruction, images)
+
+
+def psnr(images, autoencoder):
+    """In dB, from the mean squared error over all `images` (uint8), values in [0, 1]."""
+    errors = []
+    for batch in images.split(64):
+        x = scale(batch)
+        reconstruction = autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)
+        errors.append(F.mse_loss(reconstruction / 2, x / 2))
+    return -10 * math.log10(torch.stack(errors).mean())
+
+
+# -------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------
+
+STEPS = {"clip": 1500, "vae": 2000, "vqgan": 1500}
+
+
+def parse_args(argv):
+    parser = Parser(
+        prog="make_toy.py",
+        description="Draw the toy world, or train one of its pretrained models.",
+    )
+    parser.add_argument("what", nargs="?", default="world", choices=("world", *STEPS))
+    parser.add_argument("--out", help="folder of the world (toy/data) or of the weights (toy)")
+    parser.add_argument("--seed", type=int, help="of a training (0); the world's is fixed")
     parser.add_argument("--steps", type=int, help="of a training")
-    parser.add_argument("--regime", default="weak", choices=("weak", "full"), help="clip: attributes in 1,500 captions, or in all 24,000")
-    parser.error = lambda message: sys.exit(print(f"make_toy.py: {message}", file=sys.stderr) or 2)  # one line, no usage
-    args = parser.parse_args()
+    parser.add_argument(
+        "--regime",
+        choices=("weak", "full"),
+        help="clip: attributes in 1,500 captions (weak, the default) or in all 24,000",
+    )
+    args = parser.parse_args(argv)
+    if args.out == "":
+        parser.error("--out is empty: name a folder")
+    if args.what == "world" and (args.seed, args.steps) != (None, None):
+        parser.error("--seed and --steps are of a training: the world is always the same")
+    if args.what != "clip" and args.regime is not None:
+        parser.error("--regime is for clip")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps} is out of range: at least 1")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} is out of range: 0 or more")
+    return args
+
+
+def run(argv):
+    args = parse_args(argv)
     if args.what == "world":
-        return draw_world(args.out or os.path.join(HERE, "data"))
-    if sys.platform == "linux":  # glibc hands large blocks back at once, and every step faults them in again: keep them
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(option, 2**28)
-    torch.manual_seed(args.seed)
-    out = args.out or HERE
+        draw_world(args.out or os.path.join(HERE, "data"))
+        return
+    torch.manual_seed(args.seed or 0)
+    steps = args.steps or STEPS[args.what]
+    path = os.path.join(args.out or HERE, f"{args.what}.safetensors")
+    check_writable(path)
     if args.what == "clip":
-        train_clip(out, args.seed, args.steps or 1500, args.regime)
+        train_clip(path, steps, args.regime or "weak")
     elif args.what == "vae":
-        train_vae(out, args.steps or 2000)
+        train_vae(path, steps)
     else:
-        train_vqgan(out, args.steps or 1500)
+        train_vqgan(path, steps)
+
+
+def check_writable(path):
+    """Notice a folder that cannot be written before minutes of training."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{path} cannot be written ({error.strerror})"
+        raise UserError(f"{reason}: name another --out") from None
+
+
+def main(argv=None):
+    run_command("make_toy.py", run, argv)
 
 
 if __name__ == "__main__":
