@@ -804,14 +804,16 @@ class Perceiver(nn.Module):
     The paper's queries are "the unmasked tokens"; its keys and values are these and [CLS]. Where it
     is silent, this is our choice: masked positions stay in the sequence as one learned [MASK]
     vector, since a query is needed wherever a token is predicted; a token enters as its frozen
-    codebook vector through a linear layer, plus a fixed 2-D sin-cos position; width 1024; pre-norm.
+    codebook vector, at unit scale, through a linear layer, plus a fixed 2-D sin-cos position; the
+    width is 1024; pre-norm.
     """
 
     def __init__(self, config, codebook):
         """codebook (n_embed, embed_dim): the VQ-GAN's, frozen, and not saved with the denoiser."""
         super().__init__()
         self.config = config
-        self.register_buffer("codebook", codebook.detach(), persistent=False)
+        codes = codebook.detach() / codebook.detach().std()  # its own scale must not matter
+        self.register_buffer("codebook", codes, persistent=False)
         self.token_in = nn.Linear(config.embed_dim, config.width)
         self.mask_token = nn.Parameter(torch.zeros(config.width))
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.layers))
