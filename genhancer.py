@@ -422,14 +422,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        low = F.linear(self.dropout(x), self.lora_A)                      # (..., parts * rank)
+        low = self.scale * F.linear(self.dropout(x), self.lora_A)         # (..., parts * rank)
         if self.parts == 1:
-            return self.base(x) + self.scale * F.linear(low, self.lora_B[0])
+            return self.base(x) + F.linear(low, self.lora_B[0])
         low = low.unflatten(-1, (self.parts, -1)).movedim(-2, 0)
         low = low.flatten(1, -2)                                          # (parts, tokens, rank)
         delta = torch.bmm(low, self.lora_B.mT)                            # (parts, tokens, out)
         delta = delta.movedim(0, 1).reshape(*x.shape[:-1], -1)            # (..., parts * out)
-        return self.base(x) + self.scale * delta
+        return self.base(x) + delta
 
     @torch.no_grad()
     def merge(self):
@@ -898,7 +898,7 @@ def load_clip(name, weights=None, random=False):
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
     the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
-    from a list of strings to token ids. Raises UserError if the name is unknown or weights unfit.
+    from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
     """
     backbone = find_backbone(name, weights, random)
     if name == "toy" and weights is None:
@@ -933,7 +933,7 @@ def find_backbone(name, weights=None, random=False):
     elif not open_clip.is_pretrained_cfg(*backbone):
         tags = open_clip.list_pretrained_tags_by_model(backbone.model)
         raise UserError(f"open_clip has no weights {backbone.pretrained!r} for {backbone.model}: "
-                        f"name a local file, or a tag of {', '.join(tags) or 'which it has none'}")
+                        f"name a local file, or one of its tags ({', '.join(tags) or 'none'})")
     return backbone
 
 
@@ -948,9 +948,9 @@ def create_clip(backbone, download=False):
         return open_clip.create_model(backbone.model, pretrained=tag, load_weights=download,
                                       pretrained_hf=False, force_preprocess_cfg=look)
     except Exception as error:  # open_clip, the hub and the network each raise their own
-        raise UserError(f"CLIP {backbone.model} could not be had with open_clip's weights {tag!r} "
-                        f"({first_line(error)}): download them where there is a network, "
-                        "and name the local file") from None
+        raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
+                        f"its weights {backbone.pretrained!r} where there is a network, and name "
+                        "the local file") from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -961,8 +961,9 @@ def make_tokenizer(model):
     try:
         return open_clip.get_tokenizer(model)
     except Exception as error:  # as in create_clip
-        raise UserError(f"the text tokenizer of {model} could not be had ({first_line(error)}): it "
-                        "needs `pip install transformers` and, once, the network") from None
+        raise UserError(f"open_clip cannot make the text tokenizer of {model} "
+                        f"({first_line(error)}): it needs `pip install transformers` and, once, "
+                        "the network") from None
 
 
 def first_line(error):
@@ -980,6 +981,7 @@ def image_side(visual):
 
 
 def load_clip_file(name, backbone, path):
+    """A CLIP with the weights of a local file or folder."""
     what = f"CLIP weights for {backbone.model}"
     tensors = {}
     for file in find_files(path):
@@ -1172,18 +1174,19 @@ def load_hf(name, backbone, tensors, path, what):
     if alone:
         own = [key for key in views if key not in tensors and not key.startswith("vision_model.")]
         views = {key: view for key, view in views.items() if key not in own}
-        rest = "text tower and visual projection" if PROJECTIONS[0] in own else "text tower"
-        print(f"{what}: {path} is a vision tower alone, with {name}'s {rest}", file=sys.stderr)
     misfits = find_misfits(views, tensors)
     if misfits:
         raise UserError(f"{what}: {path} does not fit: {misfits}")
     for key, view in views.items():
         view.copy_(tensors[key])
-    for key, rows in pool_rows(clip).items():
-        q, kv = rows
+    for key, (q, kv) in pool_rows(clip).items():
         q.copy_(views[key][:len(q)])
         kv.copy_(views[key][len(q):])
-    return load_strictly(clip, clip.state_dict(), path, what)  # refuses what is not finite
+    load_strictly(clip, clip.state_dict(), path, what)  # refuses what is not finite
+    if alone:
+        rest = "text tower and visual projection" if PROJECTIONS[0] in own else "text tower"
+        print(f"{what}: {path} is a vision tower alone, with {name}'s {rest}", file=sys.stderr)
+    return clip
 
 
 def load_rest(name, path, what):

@@ -45,7 +45,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
-import torchvision.transforms as T
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
@@ -62,6 +61,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -641,11 +641,11 @@ class Images(Dataset):
         if not len(self.entries):
             raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
         self.side = side
-        bicubic = T.InterpolationMode.BICUBIC
+        bicubic = v2.InterpolationMode.BICUBIC  # antialiased
         if augment:
-            self.transform = T.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
+            self.transform = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
         else:
-            self.transform = T.Compose([T.Resize(side, bicubic), T.CenterCrop(side)])
+            self.transform = v2.Compose([v2.Resize(side, bicubic), v2.CenterCrop(side)])
 
     def __len__(self):
         return len(self.entries)
@@ -686,8 +686,9 @@ class Images(Dataset):
                             "and run the same command again") from None
         try:
             with Image.open(io.BytesIO(data)) as image:
-                image.draft(None, (2 * self.side, 2 * self.side))  # JPEG: no more than needed
-                return pil_to_tensor(self.transform(to_rgb(image))), name
+                needed = math.ceil(self.side / 0.9)  # no crop is less than .9 of a side
+                image.draft(None, (needed, needed))  # JPEG: decode at a fraction that is enough
+                return self.transform(pil_to_tensor(to_rgb(image))), name
         except Exception:  # the decoders raise anything; from memory, the image is at fault
             return None, name
 
