@@ -383,13 +383,10 @@ def mcnemar(won, lost):
 
 # ---- Zero-shot retention -------------------------------------------------------------------------
 
-CLASS_FOLDERS = (
-    "a folder of test images, one subfolder per class, named as the class (underscores for spaces)"
-)
+CLASS_FOLDERS = "a folder with one subfolder per class, named as the class (underscores for spaces)"
 ZEROSHOT = {  # --zeroshot NAME:PATH, and what PATH must be; nothing is downloaded
-    "cifar100": "the folder in which cifar-100-python.tar.gz was unpacked (it holds "
-                "cifar-100-python/)",
-    "sun397": "the folder in which SUN397.tar.gz was unpacked (it holds SUN397/)",
+    "cifar100": "the folder in which cifar-100-python.tar.gz was unpacked",
+    "sun397": "the folder in which SUN397.tar.gz was unpacked",
     "imagenet": "the validation images in exactly 1000 subfolders, n01440764 to n15075141",
     "cars": CLASS_FOLDERS,
     "folder": CLASS_FOLDERS,
@@ -460,9 +457,8 @@ def finds_own(queries, gallery, query_owner, gallery_owner, k=5):
 
     gallery: (M, D). Owners: (N,) and (M,) integers. Returns (N,) booleans.
     """
-    nearest = []
-    for part in queries.split(1024):
-        nearest.append((part @ gallery.T).topk(min(k, len(gallery))).indices)
+    k = min(k, len(gallery))
+    nearest = [(part @ gallery.T).topk(k).indices for part in queries.split(1024)]
     owners = gallery_owner[torch.cat(nearest)]                                # (N, k)
     return (owners == query_owner[:, None]).any(dim=1)
 
@@ -544,7 +540,7 @@ def print_table(before, after=None):
     names = [escape(row["name"]) for row in rows]
     names = [name if len(name) <= 33 else f"{name[:31]}.." for name in names]
     width = max(len(name) for name in [*names, "MMVP-VLM pattern"])
-    titles = "".join(f"  {key + ' [95 %]':17}" for key in results)
+    titles = "".join(f" {key + ' [95 %]':17}" for key in results)
     if after:
         titles += " change  won lost     p"
     print(f"\n{'MMVP-VLM pattern':{width}} pairs{titles}".rstrip())
@@ -561,7 +557,7 @@ def format_row(row, results):
     for key in results:
         low, high = row[key]["interval"]
         interval = f"[{low:4.1f}-{high:4.1f}]".replace("100.0", "100")
-        line += f"  {row[key]['percent']:5.1f} {interval:11}"
+        line += f" {row[key]['percent']:5.1f} {interval:11}"
     if "change" in row:
         line += f"{row['change']:+7.1f}"
     if "p" in row:
@@ -580,12 +576,12 @@ def explain(rows):
     shares = sorted({f"{worth[0]:.2f}", f"{worth[-1]:.2f}"}, key=float)
     share = f"One pair is worth {' to '.join(shares)} % of the average."
     if "change" not in average:
-        return f"{share} To tell another model from noise, compare the two by --baseline."
+        return f"{share}\nTo tell another model from noise, compare the two by --baseline."
     low, high = average["change_interval"]
     return (
         f"The average changed by {average['change']:+.1f} [{low:+.1f}, {high:+.1f}]. {share}\n"
-        "A change may be noise if its interval holds 0 or its p is above 0.05. Each pattern is one "
-        "more\nchance of a small p by luck: go by the average first."
+        "A change may be noise if its interval holds 0 or its p (McNemar's) is above 0.05.\n"
+        "Each pattern is one more chance of a small p by luck: go by the average first."
     )
 
 

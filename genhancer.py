@@ -69,9 +69,13 @@ class GenHancer(nn.Module):
     visual: an open_clip visual tower. autoencoder: a frozen AutoEncoder or VQGAN.
     denoiser: a Flux or a Perceiver. projector_widths: {name: width of what [CLS] is projected to}.
     local_ratio: the share of patch tokens that joins [CLS] in the condition (Fig. 5); the paper's
-    method has none. All random draws come from torch's default generator.
+    method has none.
+
+    The condition is `context`, tokens that the denoiser attends to, and for Flux also `vec`, the
+    vector that modulates it (both are FLUX's names). Random draws come from torch's default
+    generators: Discrete's masks in training from the CPU's, all others from the device's.
     """
-    patch = 1  # latents or tokens along the side of one token of the denoiser
+    token_side = 1  # a token of the denoiser covers 1 x 1 of what the autoencoder gives
 
     def __init__(self, visual, autoencoder, denoiser, projector_widths, local_ratio):
         super().__init__()
@@ -85,8 +89,8 @@ class GenHancer(nn.Module):
         with torch.no_grad():  # the widths are read off the model
             cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.num_locals = round(local_ratio * patches.shape[1])
-        self.patch_grid = math.isqrt(patches.shape[1])              # CLIP's patches along a side
-        self.token_grid = side // autoencoder.factor // self.patch  # the denoiser's tokens
+        self.clip_grid = math.isqrt(patches.shape[1])  # CLIP's patches along a side
+        self.denoiser_grid = side // autoencoder.factor // self.token_side  # the denoiser's tokens
 
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -99,17 +103,19 @@ class GenHancer(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def set_stage(self, stage, lora=True, freeze_denoiser=False):
-        """Choose what trains. The autoencoder never does.
+        """Choose what trains, once. The autoencoder never does. ValueError for another stage.
 
         stage 1:     projectors and denoiser; CLIP is frozen.
         stage 2:     LoRA on the visual tower (without `lora` all of the tower, Fig. 8), projectors
                      and denoiser (with `freeze_denoiser` not these two, Fig. 9).
-        stage "e2e": as stage 2, but projectors and denoiser are fresh (Fig. 6).
+        stage "e2e": as stage 2, for a model that has not been through stage 1 (Fig. 6).
         """
+        if stage not in (1, 2, "e2e"):
+            raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
         self.requires_grad_(False)  # freezes CLIP
-        if not (stage == 2 and freeze_denoiser):
-            self.denoiser.requires_grad_(True)
-            self.projectors.requires_grad_(True)
+        frozen = stage == 2 and freeze_denoiser
+        self.denoiser.requires_grad_(not frozen)
+        self.projectors.requires_grad_(not frozen)
         self.trains_clip = stage != 1
         if self.trains_clip and lora:
             inject_lora(self.visual)
@@ -120,8 +126,8 @@ class GenHancer(nn.Module):
     def train(self, mode=True):
         """Training mode, but for what is frozen."""
         super().train(mode)
-        self.autoencoder.eval()
-        self.visual.train(mode and self.trains_clip)
+        for part in self.children():
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
         return self
 
     def encode_clip(self, images):
@@ -133,21 +139,27 @@ class GenHancer(nn.Module):
             return self.visual(x), None
 
     def choose_locals(self, patches):
-        """Fig. 5: random patch tokens (B, L, W) -> (B, num_locals, context), and their positions.
+        """Fig. 5: patch tokens (B, L, W) -> random ones (B, num_locals, context), their positions.
 
-        A position (B, num_locals, 2) is a patch centre's (row, column) on the denoiser's grid.
+        They are drawn anew at each call. A position (B, num_locals, 2) is a patch's (row, column)
+        on the denoiser's grid.
         """
         order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)
         chosen = order[:, :self.num_locals]                               # (B, num_locals)
         index = chosen[..., None].expand(-1, -1, patches.shape[2])
         tokens = self.projectors["local"](patches.gather(1, index))
-        row_column = torch.stack([chosen // self.patch_grid, chosen % self.patch_grid], dim=-1)
-        return tokens, (row_column + 0.5) * self.token_grid / self.patch_grid - 0.5
+        row_column = torch.stack([chosen // self.clip_grid, chosen % self.clip_grid], dim=-1)
+        # A patch's centre, in tokens of the denoiser, whose own centres are at 0, 1, 2, ...
+        position = (row_column + 0.5) * self.denoiser_grid / self.clip_grid - 0.5
+        return tokens, position
 
 
 class Continuous(GenHancer):
-    """Fig. 3b: rectified flow on VAE latents. [CLS] modulates all blocks and is a context token."""
-    patch = 2
+    """Fig. 3b: rectified flow on VAE latents.
+
+    [CLS] modulates all blocks; that it is the context token too is the official code's way.
+    """
+    token_side = 2
 
     def __init__(
         self,
@@ -173,7 +185,8 @@ class Continuous(GenHancer):
             return {"context": context, "vec": vec}
         tokens, position = self.choose_locals(patches)
         context = torch.cat([context, tokens], dim=1)                     # (B, 1 + n, 4096)
-        context_ids = F.pad(position, (1, 0, 1, 0))  # (0, row, column); [CLS], the first, at zero
+        context_ids = F.pad(position, (1, 0))            # (0, row, column)
+        context_ids = F.pad(context_ids, (0, 0, 1, 0))   # [CLS] comes first, at zero
         return {"context": context, "vec": vec, "context_ids": context_ids}
 
     def forward(self, images, condition_images=None):
@@ -190,11 +203,14 @@ class Continuous(GenHancer):
 
     @torch.no_grad()
     def reconstruct(self, images, steps=20):
-        """Images (B, 3, H, W) in [0, 1] -> what their condition says of them, by Euler steps."""
+        """Rebuild square images (B, 3, H, W) in [0, 1] from their condition alone.
+
+        From noise, Euler steps follow the predicted velocity.
+        """
         mode = self.training
         self.eval()
         condition = self.condition(images)
-        channels = self.denoiser.config.in_channels // self.patch**2
+        channels = self.denoiser.config.in_channels // self.token_side**2
         side = images.shape[-1] // self.autoencoder.factor
         x = torch.randn(len(images), channels, side, side, device=images.device)
         times = torch.linspace(1, 0, steps + 1, device=images.device)
@@ -220,7 +236,7 @@ class Discrete(GenHancer):
         if patches is None:
             return context
         tokens, position = self.choose_locals(patches)
-        tokens = tokens + sincos_position(position, tokens.shape[-1])
+        tokens = tokens + sincos_embedding(position, tokens.shape[-1])
         return torch.cat([context, tokens], dim=1)
 
     def forward(self, images, condition_images=None):
@@ -230,14 +246,18 @@ class Discrete(GenHancer):
         """
         context = self.condition(images if condition_images is None else condition_images)
         indices = self.autoencoder.encode(2 * images - 1).flatten(1)      # (B, N)
-        mask = sample_masks(*indices.shape, *self.mask_ratio)  # on the host: no GPU is waited for
+        # Masks are drawn on the CPU: to count masked tokens on a GPU would be to wait for it.
+        mask = sample_masks(*indices.shape, *self.mask_ratio)                     # (B, N)
         logits = self.denoiser(indices, mask, context)                    # (masked, codes)
         losses = masked_token_loss(logits, indices, mask)                          # Eq. 4
         return losses, mask.float().mean(1).to(images.device, non_blocking=True)
 
     @torch.no_grad()
     def reconstruct(self, images, steps=20, mask_ratio=1.0):
-        """Images (B, 3, H, W) in [0, 1] -> what their condition and unmasked tokens say of them."""
+        """Rebuild images (B, 3, H, W) in [0, 1] from their condition and their unmasked tokens.
+
+        By default all tokens are masked.
+        """
         mode = self.training
         self.eval()
         context = self.condition(images)
@@ -265,10 +285,12 @@ class Discrete(GenHancer):
 
             still_masked = int(start * math.cos(math.pi / 2 * step / steps))
             confidence = logits.log_softmax(-1).gather(1, choice[:, None])[:, 0]
-            gumbel = -torch.rand_like(confidence).clamp_min(1e-9).log().neg().log()
+            uniform = torch.rand_like(confidence).clamp_min(1e-9)
+            gumbel = -torch.log(-torch.log(uniform))  # its share fades: early choices vary most
             confidence = confidence + temperature * (1 - step / steps) * gumbel
             scores = torch.full(mask.shape, -torch.inf, device=mask.device)
-            surest = scores.masked_scatter(mask, confidence).topk(remaining - still_masked).indices
+            scores = scores.masked_scatter(mask, confidence)
+            surest = scores.topk(remaining - still_masked).indices
             mask = mask.scatter(1, surest, False)
             remaining = still_masked
             if remaining == 0:
@@ -277,9 +299,10 @@ class Discrete(GenHancer):
 
 
 def encode_with_patches(visual, x):
-    """[CLS] (B, D) and the last layer's patch tokens (B, L, W), after its final norm."""
+    """[CLS] (B, D) and the last layer's patch tokens (B, L, W), after the tower's final norm."""
+    last_layer_only = 1
     features = visual.forward_intermediates(
-        x, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        x, indices=last_layer_only, normalize_intermediates=True, output_fmt="NLC")
     return features["image_features"], features["image_intermediates"][-1]
 
 
@@ -302,7 +325,7 @@ def sample_timesteps(n, scale=1.0, distribution="logit-normal", generator=None, 
         t = torch.rand(n, generator=generator, device=device)
     else:
         raise ValueError(f"unknown distribution {distribution!r}: choose logit-normal or uniform")
-    return t.clamp(1e-7, 1 - 1e-7)  # in float32, sigmoid(10 eps) is exactly 1 in 5 % of draws
+    return t.clamp(1e-7, 1 - 1e-7)  # at s = 10, float32 rounds 5 % of draws to 1
 
 
 def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=None):
@@ -318,31 +341,32 @@ def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=N
 
 
 def sample_masks(b, n, low, high, generator=None, device=None):
-    """b masks over n tokens, (b, n) bool. An image's mask ratio is uniform in [low, high].
+    """Masks over the n tokens of b images, (b, n) bool. A mask ratio is uniform in [low, high].
 
-    Exactly round(ratio * n) of its tokens are hidden, and at least one.
+    Exactly round(ratio * n) tokens of an image are hidden, and at least one.
     """
     ratio = low + (high - low) * torch.rand(b, 1, generator=generator, device=device)
     count = (ratio * n).round().clamp(min=1)
-    rank = torch.rand(b, n, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
-    return rank < count
+    place = torch.rand(b, n, generator=generator, device=device).argsort(dim=1)  # in random order
+    return place < count
 
 
 def masked_token_loss(logits, indices, mask):
-    """Eq. 4: - log p(s_i | unmasked tokens, condition), each image's mean over masked tokens, (B,).
+    """Eq. 4, which is Eq. 2 for masked tokens: - log p(s_i | unmasked tokens, condition), (B,).
 
+    Its sum is divided by the number of masked tokens, so that every image counts alike.
     logits (mask.sum(), K) as Perceiver.forward returns them, indices (B, N), mask (B, N).
     """
-    where = masked_positions(mask, logits.device)
-    masked_count = mask.sum(1).to(logits.device, non_blocking=True)
-    targets = indices.flatten().index_select(0, where)
-    token_losses = F.cross_entropy(logits.float(), targets, reduction="none")  # (masked,)
-    spread = torch.zeros(mask.numel(), device=logits.device).scatter(0, where, token_losses)
-    return spread.view(mask.shape).sum(1) / masked_count
+    masked = masked_positions(mask, logits.device)
+    count = mask.sum(1).to(logits.device, non_blocking=True)              # (B,)
+    targets = indices.flatten().index_select(0, masked)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")   # (masked,)
+    per_token = torch.zeros(mask.numel(), device=logits.device).scatter(0, masked, losses)
+    return per_token.view(mask.shape).sum(1) / count
 
 
 def masked_positions(mask, device):
-    """Where a mask is True: flat indices on `device`. With a mask on the host no GPU is awaited."""
+    """Where a mask is True, as flat indices on `device`; with a CPU mask nothing is waited for."""
     return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
 
 
@@ -364,8 +388,11 @@ def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
     """Freeze a visual tower and put LoRA on all its linear weights (App. B gives the settings).
 
     These are q, k, v, out and both MLP layers of every block, and visual.proj; of SigLIP (a
-    TimmModel) the pooling head's too. Returns the number of adapted matrices; ValueError if none.
+    TimmModel) the pooling head's too. Returns the number of adapted matrices; ValueError if there
+    is none, or LoRA already.
     """
+    if any(isinstance(module, LoRALinear) for module in visual.modules()):
+        raise ValueError("the tower has LoRA already")
     visual.requires_grad_(False)
     count = 0
     for parent in list(visual.modules()):
@@ -423,13 +450,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         low = self.scale * F.linear(self.dropout(x), self.lora_A)         # (..., parts * rank)
-        if self.parts == 1:
-            return self.base(x) + F.linear(low, self.lora_B[0])
-        low = low.unflatten(-1, (self.parts, -1)).movedim(-2, 0)
-        low = low.flatten(1, -2)                                          # (parts, tokens, rank)
-        delta = torch.bmm(low, self.lora_B.mT)                            # (parts, tokens, out)
-        delta = delta.movedim(0, 1).reshape(*x.shape[:-1], -1)            # (..., parts * out)
-        return self.base(x) + delta
+        low = low.unflatten(-1, (self.parts, -1))                         # (..., parts, rank)
+        delta = torch.einsum("...pr,por->...po", low, self.lora_B)        # (..., parts, out)
+        return self.base(x) + delta.flatten(-2)
 
     @torch.no_grad()
     def merge(self):
@@ -444,7 +467,8 @@ class LoRAAttention(nn.Module):
     """nn.MultiheadAttention (self-attention, batch first) with LoRA on q, k, v and out.
 
     That module reads the weights of its layers without calling them, so that a wrapper around its
-    out_proj would never run: this one replaces it whole.
+    out_proj would never run: this one replaces it whole. It is called as nn.MultiheadAttention is;
+    key and value are x itself, and no attention weights are returned.
     """
 
     def __init__(self, attn, rank, alpha, dropout):
@@ -480,6 +504,7 @@ class LoRAProj(LoRALinear):
         super().__init__(base, rank, alpha, dropout)
 
     def __rmatmul__(self, pooled):
+        """pooled @ self, as open_clip writes it."""
         return self(pooled)
 
     def merge(self):
@@ -510,7 +535,8 @@ class Flux(nn.Module):
     """The continuous denoiser (Sec. 4.4, Fig. 3b): 1,310,154,816 parameters, the paper's 1.31B.
 
     Its parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
-    strictly at a depth of 19 + 38. ValueError if the rotary dimensions do not fill a head.
+    strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents, and `txt` for
+    the context tokens, which hold [CLS] and no text. ValueError if axes_dim does not fill a head.
     """
 
     def __init__(self, config):
@@ -541,7 +567,9 @@ class Flux(nn.Module):
         """
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         n = context.shape[1]
-        rotary = self.rotary(n, height, width, context_ids, latents.device)
+        if context_ids is None:
+            context_ids = torch.zeros(1, n, 3, device=latents.device)
+        rotary = self.rotary(context_ids, height, width)
         img = self.img_in(patchify(latents))                              # (B, N, hidden)
         txt = self.txt_in(context)                                        # (B, L, hidden)
         cond = self.embed_time(t, guidance) + self.vector_in(vec)         # (B, hidden)
@@ -561,14 +589,14 @@ class Flux(nn.Module):
                 cond = cond + self.guidance_in(timestep_embedding(torch.full_like(t, guidance)))
         return cond
 
-    def rotary(self, n, height, width, context_ids, device):
-        """Rotary cosines and sines of n context tokens and height x width patches."""
+    def rotary(self, context_ids, height, width):
+        """Rotary cosines and sines of context tokens and patches, each (B, 1, L + N, D/2)."""
         axes_dim = tuple(self.config.axes_dim)
-        cos, sin = image_rotary_table(n, height, width, axes_dim, self.config.theta, device)
-        if context_ids is None:
-            return cos, sin
-        own_cos, own_sin = rotary_table(context_ids, axes_dim, self.config.theta)  # (B, L, D/2)
-        return join_tables(own_cos, cos[n:]), join_tables(own_sin, sin[n:])
+        theta = self.config.theta
+        context = rotary_table(context_ids, axes_dim, theta)                      # two (B, L, D/2)
+        image = image_rotary_table(height, width, axes_dim, theta, context_ids.device)
+        return [torch.cat([c, i.expand(len(c), -1, -1)], dim=1)[:, None]
+                for c, i in zip(context, image, strict=True)]
 
 
 def patchify(latents):
@@ -605,18 +633,13 @@ def rotary_table(ids, axes_dim, theta):
 
 
 @lru_cache(maxsize=16)  # computed once for each size
-def image_rotary_table(n, height, width, axes_dim, theta, device):
-    """The rotary table of n context tokens at zero and height x width patches: two (n + N, D/2)."""
+def image_rotary_table(height, width, axes_dim, theta, device):
+    """The rotary table of height x width patches: two (N, D/2)."""
     rows = torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)  # (N, 3)
-    return rotary_table(torch.cat([ids.new_zeros(n, 3), ids]), axes_dim, theta)
-
-
-def join_tables(own, shared):
-    """An image's own rows (B, L, D/2) before the shared ones (N, D/2): (B, 1, L + N, D/2)."""
-    return torch.cat([own, shared.expand(len(own), -1, -1)], dim=1)[:, None]
+    return rotary_table(ids, axes_dim, theta)
 
 
 def rotate(x, cos, sin):
@@ -638,7 +661,7 @@ def attend(q, k, v, rotary):
 
 
 def modulate(x, shift, scale):
-    """AdaLN: a LayerNorm whose shift and scale come from the condition."""
+    """AdaLN: a LayerNorm without weights of its own; shift and scale come from the condition."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -660,7 +683,6 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden, heads = config.hidden_size, config.num_heads
-        self.heads = heads
         self.img_mod = Modulation(hidden, 6)
         self.img_attn = SelfAttention(hidden, heads, config.qkv_bias)
         self.img_mlp = mlp(hidden, config.mlp_ratio)
@@ -738,7 +760,7 @@ class SelfAttention(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys."""
+    """RMSNorm of queries and keys; the values pass unchanged."""
 
     def __init__(self, dim):
         super().__init__()
@@ -827,16 +849,16 @@ class Perceiver(nn.Module):
         indices (B, N); the masked ones are not read. mask (B, N) bool, on the host or on the
         model's device. context (B, L, width).
         """
-        where = masked_positions(mask, indices.device)
+        masked = masked_positions(mask, indices.device)
         mask = mask.to(indices.device, non_blocking=True)
-        codes = F.embedding(indices.masked_fill(mask, 0), self.codebook)  # (B, N, embed_dim)
+        codes = F.embedding(indices, self.codebook)                       # (B, N, embed_dim)
         x = self.token_in(codes)                                          # (B, N, width)
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x + token_positions(indices.shape[1], self.config.width, indices.device)
+        x = x + grid_embedding(indices.shape[1], self.config.width, indices.device)
         for layer in self.layers:
             x = run_block(self, layer, x, context)
-        masked = x.flatten(0, 1).index_select(0, where)  # the head is wide: only where it is needed
-        return self.head(self.norm(masked))
+        x = x.flatten(0, 1).index_select(0, masked)  # the head is as wide as the codebook
+        return self.head(self.norm(x))
 
 
 class PerceiverLayer(nn.Module):
@@ -852,7 +874,7 @@ class PerceiverLayer(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.mlp = mlp(width, config.mlp_ratio, approximate="none")
+        self.mlp = mlp(width, config.mlp_ratio, approximate="none")  # the exact GELU
 
     def forward(self, x, context):
         q = self.q(self.norm_q(x)).unflatten(-1, (self.heads, -1))
@@ -865,23 +887,23 @@ class PerceiverLayer(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-def sincos_position(ids, dim):
+def sincos_embedding(position, dim):
     """Fixed 2-D sin-cos embedding of positions (..., 2), (row, column) in tokens: (..., dim)."""
     quarter = dim // 4
-    exponents = torch.arange(quarter, dtype=torch.float32, device=ids.device) / quarter
-    angles = ids[..., None].float() * 10_000.0**-exponents                # (..., 2, dim / 4)
+    exponents = torch.arange(quarter, dtype=torch.float32, device=position.device) / quarter
+    angles = position[..., None].float() * 10_000.0**-exponents                # (..., 2, dim / 4)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 @lru_cache(maxsize=16)  # computed once for each size
-def token_positions(n, dim, device):
-    """The sin-cos positions of a square grid of n tokens, (n, dim); ValueError if no square."""
+def grid_embedding(n, dim, device):
+    """The sin-cos embedding of a square grid of n tokens, (n, dim); ValueError if no square."""
     side = math.isqrt(n)
     if side * side != n:
         raise ValueError(f"{n} tokens are no square grid")
     steps = torch.arange(side, device=device)
     row, column = torch.meshgrid(steps, steps, indexing="ij")
-    return sincos_position(torch.stack([row, column], dim=-1).flatten(0, 1), dim)
+    return sincos_embedding(torch.stack([row, column], dim=-1).flatten(0, 1), dim)
 
 
 # --------------------------------------------------------------------------------- CLIP in and out

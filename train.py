@@ -128,7 +128,7 @@ def nonempty(text):
 
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
-WIDTH = number(int, 1, 2**16)
+SIZE = number(int, 1, 2**14)
 RATE = number(float, 0, above=True)
 SHARE = number(float, 0, 1)
 
@@ -165,8 +165,8 @@ class Settings:
 
     epochs: float = option(1.0, RATE, "passes over the data")
     steps: int = option(None, COUNT, "optimizer steps of a stage; wins over --epochs")
-    batch_size: int = option(16, COUNT, "images in a micro-batch of one process")
-    accum: int = option(2, COUNT, "micro-batches that a process accumulates into a step")
+    batch_size: int = option(16, SIZE, "images in a micro-batch of one process")
+    accum: int = option(2, SIZE, "micro-batches that a process accumulates into a step")
     lr: float = option(1e-4, RATE, "learning rate of denoiser and projectors")
     lr_clip: float = option(None, RATE, "learning rate of the visual tower; default: --lr")
     warmup: int = option(10, number(int, 0), "steps of linear warm-up; then the rate is constant")
@@ -184,8 +184,8 @@ class Settings:
     export_every: int = option(None, COUNT, "stage 2, e2e: steps between whole CLIPs, clip-STEP")
     log_every: int = option(50, COUNT, "steps between rows of log.csv")
 
-    width: int = option(None, WIDTH, "the denoiser's; default: 3072 (rf), 1024 (perceiver)")
-    condition: tuple = option((768, 4096), WIDTH, "rf: widths of the projected [CLS], to modulate "
+    width: int = option(None, SIZE, "the denoiser's; default: 3072 (rf), 1024 (perceiver)")
+    condition: tuple = option((768, 4096), SIZE, "rf: widths of the projected [CLS], to modulate "
                               "and as context token", 2, ("VEC", "CONTEXT"))
     depth: tuple = option((2, 4), FEW, "rf: blocks (Table 5)", 2, ("MM-DIT", "SINGLE-DIT"))
     layers: int = option(6, FEW, "perceiver: layers (Table 5)")
@@ -438,7 +438,7 @@ def load_autoencoder(s):
 
 def flux_config(s, autoencoder):
     return FluxConfig(
-        in_channels=autoencoder.config.z_channels * Continuous.patch**2,
+        in_channels=autoencoder.config.z_channels * Continuous.token_side**2,
         vec_in_dim=s.condition[0],
         context_in_dim=s.condition[1],
         hidden_size=s.width,
@@ -1213,8 +1213,8 @@ def check_values(s):
 
 def check_sides(s):
     """The autoencoder's tokens must fill the images that the backbone takes."""
-    patch = Continuous.patch if s.denoiser == "rf" else Discrete.patch
-    factor = load_autoencoder(s).factor * patch
+    method = Continuous if s.denoiser == "rf" else Discrete
+    factor = load_autoencoder(s).factor * method.token_side
     side = backbone_side(s)
     if side % factor:
         raise UserError(f"{s.backbone} sees {side} pixels, and the denoiser's tokens are {factor} "

@@ -390,6 +390,7 @@ def find_misfits(expected, tensors):
         elif value.shape != expected[name].shape:
             shapes = f"{tuple(value.shape)} for {tuple(expected[name].shape)}"
             faults["misshapen"].append(f"{name} {shapes}")
+        del value  # its memory is free before the next is read
     lines = []
     for fault, names in faults.items():
         if names:
