@@ -2,7 +2,7 @@
 
     images (B, 3, H, W) in [0, 1]
       ├─ CLIP mean/std ─> visual tower ─> [CLS] (B, D) (+ local tokens) ─> projectors ─> condition
-      └─ 2x - 1 ─> frozen autoencoder ─> what is to be reconstructed:
+      └─ 2 * image - 1 ─> frozen autoencoder ─> what is to be reconstructed, x:
              Continuous: VAE latents (B, 16, H/8, W/8)    Discrete: VQ-GAN indices (B, H/16 * W/16)
 
     Continuous (Fig. 3b, Eq. 3): x_t = (1 - t) x + t eps; the denoiser predicts eps - x; MSE
@@ -10,8 +10,12 @@
                                  cross-entropy
 
 Conventions: t = 0 is data and t = 1 is noise. A mask is True where a token is hidden and must be
-predicted. Eq. 5's penalty on the drift of the visual tower is no term of the loss: stage 1, LoRA
-and the small learning rate of stage 2 stand for it.
+predicted. [CLS] is what the visual tower returns: CLIP's class token after ln_post and visual.proj,
+not normalised; of SigLIP, which has none, the attention pool's output (Sec. 5.4). Local tokens are
+taken before that projection.
+
+Eq. 5's penalty on the drift of the visual tower is no term of the loss: stage 1, LoRA and the small
+learning rate of stage 2 stand for it. The loop (Algorithms 1, 2) is train_stage in train.py.
 """
 import json
 import logging
@@ -46,18 +50,26 @@ TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
 
 class Backbone(NamedTuple):
-    model: str       # open_clip's name; plain ViT-L-14 would silently lack QuickGELU
-    pretrained: str  # open_clip's tag, which it downloads, or a file
+    model: str         # open_clip's name; plain ViT-L-14 would silently lack QuickGELU
+    pretrained: str    # open_clip's tag, which it downloads, or a file
+    hub: str = ""      # the same model in HuggingFace's format, and its licence, for the model card
+    licence: str = ""
 
 
+L14, L14_336, H14 = "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu", "ViT-H-14-quickgelu"
+SO400M, SO400M_384 = "ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-384"
 BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
-    "openai-l14-224":    Backbone("ViT-L-14-quickgelu", "openai"),
-    "openai-l14-336":    Backbone("ViT-L-14-336-quickgelu", "openai"),
-    "metaclip-l14-224":  Backbone("ViT-L-14-quickgelu", "metaclip_fullcc"),
-    "metaclip-h14-224":  Backbone("ViT-H-14-quickgelu", "metaclip_fullcc"),
-    "siglip-so400m-224": Backbone("ViT-SO400M-14-SigLIP", "webli"),
-    "siglip-so400m-384": Backbone("ViT-SO400M-14-SigLIP-384", "webli"),
-    "toy":               Backbone("toy-clip", os.path.join(TOY, "clip.safetensors")),
+    "openai-l14-224": Backbone(L14, "openai", "openai/clip-vit-large-patch14", "mit"),
+    "openai-l14-336": Backbone(L14_336, "openai", "openai/clip-vit-large-patch14-336", "mit"),
+    "metaclip-l14-224": Backbone(
+        L14, "metaclip_fullcc", "facebook/metaclip-l14-fullcc2.5b", "cc-by-nc-4.0"),
+    "metaclip-h14-224": Backbone(
+        H14, "metaclip_fullcc", "facebook/metaclip-h14-fullcc2.5b", "cc-by-nc-4.0"),
+    "siglip-so400m-224": Backbone(
+        SO400M, "webli", "google/siglip-so400m-patch14-224", "apache-2.0"),
+    "siglip-so400m-384": Backbone(
+        SO400M_384, "webli", "google/siglip-so400m-patch14-384", "apache-2.0"),
+    "toy": Backbone("toy-clip", os.path.join(TOY, "clip.safetensors")),
 }
 
 
@@ -112,7 +124,7 @@ class GenHancer(nn.Module):
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
-        self.requires_grad_(False)  # freezes CLIP
+        self.requires_grad_(False)  # freezes CLIP; what trains is switched on below
         frozen = stage == 2 and freeze_denoiser
         self.denoiser.requires_grad_(not frozen)
         self.projectors.requires_grad_(not frozen)
@@ -256,7 +268,7 @@ class Discrete(GenHancer):
     def reconstruct(self, images, steps=20, mask_ratio=1.0):
         """Rebuild images (B, 3, H, W) in [0, 1] from their condition and their unmasked tokens.
 
-        By default all tokens are masked.
+        By default all tokens are masked, more than in training.
         """
         mode = self.training
         self.eval()
@@ -316,7 +328,8 @@ def to_unit_range(images):
 def sample_timesteps(n, scale=1.0, distribution="logit-normal", generator=None, device=None):
     """n timesteps in (0, 1), float32: scaled logit-normal (Eq. 6, 7) or "uniform" (Table 4).
 
-    A smaller scale gathers them around 0.5. ValueError for another distribution.
+    A smaller scale gathers them around 0.5. `generator` makes the draws repeatable (tests).
+    ValueError for another distribution.
     """
     if distribution == "logit-normal":
         eps = torch.randn(n, generator=generator, device=device)
@@ -387,9 +400,9 @@ class Projector(nn.Sequential):
 def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
     """Freeze a visual tower and put LoRA on all its linear weights (App. B gives the settings).
 
-    These are q, k, v, out and both MLP layers of every block, and visual.proj; of SigLIP (a
-    TimmModel) the pooling head's too. Returns the number of adapted matrices; ValueError if there
-    is none, or LoRA already.
+    Which weights is the official code's choice: q, k, v, out and both MLP layers of every block,
+    and visual.proj; of SigLIP (a TimmModel) the pooling head's too, which is ours. Returns the
+    number of adapted matrices; ValueError if there is none, or LoRA already.
     """
     if any(isinstance(module, LoRALinear) for module in visual.modules()):
         raise ValueError("the tower has LoRA already")
@@ -421,7 +434,7 @@ def merge_lora(visual):
     Afterwards the modules' types and the names in the state dict are those of before inject_lora.
     """
     for name, child in list(visual.named_children()):
-        if isinstance(child, LoRAProj):
+        if isinstance(child, LoRAProj):  # a LoRALinear too
             delattr(visual, name)  # a module gives way to a Parameter
         if isinstance(child, (LoRAAttention, LoRALinear)):
             setattr(visual, name, child.merge())
@@ -433,7 +446,7 @@ def merge_lora(visual):
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), with B = 0 at the start (Hu et al. 2022).
 
-    A layer that packs several matrices, as q, k and v, gets as many independent adapters.
+    A layer that packs several matrices, as q, k and v, gets an adapter for each.
     """
 
     def __init__(self, base, rank, alpha, dropout, parts=1):
@@ -504,7 +517,7 @@ class LoRAProj(LoRALinear):
         super().__init__(base, rank, alpha, dropout)
 
     def __rmatmul__(self, pooled):
-        """pooled @ self, as open_clip writes it."""
+        """pooled @ self, as open_clip writes it: a tensor leaves the product to this module."""
         return self(pooled)
 
     def merge(self):
@@ -536,7 +549,8 @@ class Flux(nn.Module):
 
     Its parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
     strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents, and `txt` for
-    the context tokens, which hold [CLS] and no text. ValueError if axes_dim does not fill a head.
+    the context tokens, which hold [CLS] and no text. The gates start as PyTorch has them, as in the
+    official code, and not at zero. ValueError if axes_dim does not fill a head.
     """
 
     def __init__(self, config):
@@ -582,7 +596,7 @@ class Flux(nn.Module):
         return unpatchify(self.final_layer(x[:, n:], cond), height, width)
 
     def embed_time(self, t, guidance):
-        """t (B,) and the guidance -> (B, hidden), in float32: bf16 would move 1000 t by 0.9."""
+        """t (B,) and the guidance -> (B, hidden), in float32 as the sinusoids of 1000 t need."""
         with torch.autocast(t.device.type, enabled=False):
             cond = self.time_in(timestep_embedding(t))
             if self.config.guidance_embed:
@@ -911,12 +925,12 @@ def grid_embedding(n, dim, device):
 def load_clip(name, weights=None, random=False):
     """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
 
-    `weights` names local ones instead. Nothing is downloaded for them, and no code in them is run:
+    `weights` names local ones instead, which need no network. No code in them is run:
     - open_clip's safetensors or .pt;
     - HuggingFace's format: a folder as save_pretrained writes it, or one of its files. If it is a
-      vision tower alone, what it lacks stays the backbone's own, and a line says so;
+      vision tower alone, the rest is the backbone's own, as without `weights`, and a line says so;
     - OpenAI's TorchScript archive, such as ViT-L-14.pt.
-    `random=True` keeps the random initialisation (the bench preset).
+    `random=True` keeps the random initialisation.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
     the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
@@ -952,7 +966,7 @@ def find_backbone(name, weights=None, random=False):
         return backbone
     if weights is not None or name == "toy":
         find_files(backbone.pretrained if weights is None else weights)
-    elif not open_clip.is_pretrained_cfg(*backbone):
+    elif not open_clip.is_pretrained_cfg(backbone.model, backbone.pretrained):
         tags = open_clip.list_pretrained_tags_by_model(backbone.model)
         raise UserError(f"open_clip has no weights {backbone.pretrained!r} for {backbone.model}: "
                         f"name a local file, or one of its tags ({', '.join(tags) or 'none'})")
@@ -961,7 +975,7 @@ def find_backbone(name, weights=None, random=False):
 
 def create_clip(backbone, download=False):
     """An open_clip model: random, without the network; or with its tag's weights, from the hub."""
-    published = open_clip.get_pretrained_cfg(*backbone) or {}
+    published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
     keys = ("mean", "std", "interpolation", "resize_mode")
     look = {key: published[key] for key in keys if key in published}
     tag = backbone.pretrained if download else None
@@ -1339,14 +1353,6 @@ def write_text(path, text):
     write_file(path, write)
 
 
-HUB = {  # each backbone on the hub, and its licence; github.com/openai/CLIP is MIT, its hub silent
-    "openai-l14-224": ("openai/clip-vit-large-patch14", "mit"),
-    "openai-l14-336": ("openai/clip-vit-large-patch14-336", "mit"),
-    "metaclip-l14-224": ("facebook/metaclip-l14-fullcc2.5b", "cc-by-nc-4.0"),
-    "metaclip-h14-224": ("facebook/metaclip-h14-fullcc2.5b", "cc-by-nc-4.0"),
-    "siglip-so400m-224": ("google/siglip-so400m-patch14-224", "apache-2.0"),
-    "siglip-so400m-384": ("google/siglip-so400m-patch14-384", "apache-2.0"),
-}
 CARD = """---
 library_name: transformers
 {origin}tags: [clip, genhancer]
@@ -1373,7 +1379,9 @@ def model_card(name, settings, result):
     settings: the run's, by name. result: {"before": ..., "after": ...}, each with "average",
     "patterns" and "zeroshot" in percent; or None.
     """
-    base, licence = HUB.get(name, (name, None))
+    backbone = BACKBONES.get(name)
+    base = backbone.hub if backbone and backbone.hub else name
+    licence = backbone.licence if backbone else ""
     results = ["| not evaluated | | |"]
     if result:
         before, after = result["before"], result["after"]

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 8 train.py --stage 2 --denoiser rf
     python train.py --preset toy        # everything in miniature on a laptop, nothing to download
 
-The same command resumes a run that was stopped or killed. The order of the images and all random
-draws follow from (seed, step, slot); slot = micro * WORLD + RANK numbers a step's micro-batches.
+The same command resumes a run that was stopped or killed, to the same bits with as many processes
+and threads: the order of the images and all random draws follow from (seed, step, slot), where
+slot = micro * WORLD + RANK numbers a step's micro-batches.
 """
 import argparse
 import contextlib
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -85,6 +87,7 @@ from genhancer import (
     model_card,
 )
 from vae import (
+    PART,
     AutoEncoder,
     AutoEncoderConfig,
     Parser,
@@ -146,7 +149,7 @@ class Settings:
     The defaults are the paper's for stage 1 (Sec. 5.1, App. B) and, where it is silent, the
     official code's. PRESETS, STAGE_DEFAULTS and what was typed override them (make_settings).
     """
-    preset: str = option("paper", ("paper", "toy", "bench"), "whence the other defaults")
+    preset: str = option("paper", ("paper", "toy", "bench"), "which set of defaults")
     stage: object = option("all", ("1", "2", "e2e", "all"), "all: 1, 2, and the benchmark")
     denoiser: str = option("rf", ("rf", "perceiver"), "continuous or discrete")
     backbone: str = option("openai-l14-224", nonempty,
@@ -155,7 +158,8 @@ class Settings:
     vae: str = option("weights/ae.safetensors", nonempty, "rf: FLUX.1's ae.safetensors")
     vqgan: str = option("weights/vqgan_imagenet_f16_16384.safetensors", nonempty,
                         "perceiver: taming's VQ-GAN, converted by vqgan.py")
-    data: tuple = option(("data/cc3m",), nonempty, "training images: folders, or tar shards", "+")
+    data: tuple = option(("data/cc3m",), nonempty, "training images: folders of images, tar "
+                         "shards, or folders of tar shards", "+")
     val: tuple = option((), nonempty, "held-out images, of which the first 512 are used", "+")
     benchmark: str = option("data/MMVP_VLM", nonempty, "stage all: MMVP-VLM's folder")
     zeroshot: tuple = option((), nonempty, "stage all: NAME:PATH of retention tasks", "*")
@@ -278,7 +282,37 @@ def is_bf16_fast():
     return torch.cpu._is_avx512_bf16_supported()
 
 
-# ------------------------------------------------------------------------------------ a stage
+# ------------------------------------------------------------------------------------ a run
+
+def run(argv):
+    """Parse, check, hold the run's folder, train each stage, compare before and after."""
+    typed = read_command_line(argv)
+    bench = typed.get("preset") == "bench"
+    wish = typed.pop("stage", "1" if bench else "all")
+    if wish == "all" and (bench or typed.keys() & {"init", "lr"}):
+        raise UserError("the bench, --init and --lr belong to one stage: name it with --stage")
+    settings = [make_settings(typed, stage) for stage in STAGES[wish]]
+    lock = lock_out(settings[0]) if RANK == 0 else None
+    if LOCAL_RANK == 0:
+        if settings[0].preset == "toy":
+            from toy.make_toy import draw_world
+            draw_world(os.path.join(TOY, "data"))
+        check(settings[0], compares=wish == "all")
+    device = start_processes()
+    try:
+        for s in settings:
+            train_stage(s, device)
+    except RuntimeError as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        raise UserError(reason) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if wish == "all" and RANK == 0:
+        compare(settings[-1], device)
+    del lock  # held until here
+
 
 def train_stage(s, device):
     """One stage, from its settings to its result. It goes on from its newest checkpoint."""
@@ -288,11 +322,11 @@ def train_stage(s, device):
     check_same_run(s, data)
     if agree(RANK == 0 and is_intact(s.result)):
         return say(f"stage {s.stage} is finished: {s.result}")
-    heldout = load_heldout(s)
+    heldout = load_heldout(s, data)
 
-    core = build_model(s, device)        # its set_stage freezes CLIP, or puts LoRA on it
-    model = distribute(core, s, device)  # the same model, wrapped for several processes
-    optimizer = make_optimizer(core, s)
+    core = build_model(s, device)        # the GenHancer; set_stage freezes CLIP, or adds LoRA
+    model = distribute(s, core, device)  # the same model, wrapped for several processes
+    optimizer = make_optimizer(s, core)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     start, undecodable = load_checkpoint(s, core, model, optimizer)
     introduce(s, core, data, images_per_step, total)
@@ -305,10 +339,11 @@ def train_stage(s, device):
         for micro in range(s.accum):
             images, skipped = next(batches)
             images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W) in [0, 1]
-            source = images.roll(1, 0) if s.shuffle_target else images
+            condition_images = images.roll(1, 0) if s.shuffle_target else images
             seed_draws("noise", s.seed, step, micro * WORLD + RANK)
-            with reducing(model, s, micro), autocast(s, device):
-                losses, levels = model(images, source)                   # Eq. 3 or Eq. 4, each (B,)
+            with reducing(s, model, micro):
+                with autocast(s, device):
+                    losses, levels = model(images, condition_images)     # Eq. 3 or Eq. 4, each (B,)
                 (losses.mean() / s.accum).backward()
             log.add(losses.detach(), levels, skipped)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.clip_grad)
@@ -321,7 +356,7 @@ def train_stage(s, device):
         exporting = is_due(done, s.export_every, total) and s.stage != 1 and done < total
         if sampling or saving or exporting or is_due(done, s.log_every, total):
             grad_norm = finite_norm(s, grad_norm, done)
-            heldout_losses = sample(s, done, core, model, heldout) if sampling else ("", "")
+            heldout_losses = look(s, done, core, model, heldout) if sampling else ("", "")
             epoch = done * images_per_step / len(data)
             lr = optimizer.param_groups[0]["lr"]
             log.write_row(done, epoch, grad_norm, lr, heldout_losses)
@@ -353,38 +388,42 @@ def finite_norm(s, grad_norm, step):
 
 
 @torch.no_grad()
-def sample(s, step, core, model, heldout):
-    """Held-out loss with the right and with shuffled [CLS], and samples/STEP.png.
-
-    Without --val the losses are "". The picture shows images and what is reconstructed of them.
-    """
-    device = core.mean.device
+def look(s, step, core, model, heldout):
+    """Draw samples/STEP.png; return the held-out losses, with the right and with shuffled [CLS]."""
     core.eval()
-    losses = [0.0, 0.0]
-    batches = zip(heldout.split(s.batch_size), heldout.roll(1, 0).split(s.batch_size), strict=True)
-    for i, (batch, other) in enumerate(batches):
-        batch = batch.to(device).float() / 255
-        other = other.to(device).float() / 255
-        for j, source in enumerate((batch, other)):
-            seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
-            with autocast(s, device):
-                loss = model(batch, source)[0].mean().item()
-            losses[j] += loss * len(batch) / len(heldout)
-
+    losses = ("", "")
+    if s.val:
+        losses = [f"{heldout_loss(s, model, heldout, roll):.6g}" for roll in (0, 1)]
     seed_draws("samples", s.seed, step)
-    batch = heldout[:8].to(device).float() / 255
-    with autocast(s, device):
+    batch = heldout[:8].to(core.mean.device).float() / 255
+    with autocast(s, batch.device):
         columns = [batch, core.reconstruct(batch)]
         if s.denoiser == "perceiver":
             columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
     core.train()
     if RANK == 0:
         draw_columns(columns, os.path.join(s.folder, "samples", f"{step:06}.png"))
-    return [f"{loss:.6g}" for loss in losses] if s.val else ("", "")
+    return losses
+
+
+def heldout_loss(s, model, heldout, roll):
+    """The mean loss of held-out images, each with the [CLS] of the image `roll` before it."""
+    device = next(model.parameters()).device
+    total = 0.0
+    others = heldout.roll(roll, 0).split(s.batch_size)
+    batches = zip(heldout.split(s.batch_size), others, strict=True)
+    for i, (images, condition_images) in enumerate(batches):
+        images = images.to(device).float() / 255
+        condition_images = condition_images.to(device).float() / 255
+        seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
+        with autocast(s, device):
+            losses, _ = model(images, condition_images)
+        total += losses.sum().item()
+    return total / len(heldout)
 
 
 def draw_columns(columns, path):
-    """A picture of the batches in `columns`, an image of each side by side, two groups to a row."""
+    """A grid: for each image its entry from every batch in `columns`, two images to a row."""
     sheet = torch.stack(columns, 1).flatten(0, 1).float().cpu()
     sheet = torch.nn.functional.interpolate(sheet, scale_factor=max(1, 128 // sheet.shape[-1]))
     write_file(path, lambda part: save_image(sheet, part, nrow=2 * len(columns)))
@@ -406,7 +445,9 @@ def introduce(s, core, data, images_per_step, total):
 
 def build_model(s, device):
     """The GenHancer of a stage: pretrained CLIP and autoencoder, and a denoiser to train."""
-    visual = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")[0].visual.to(device)
+    # A new backbone is a row of BACKBONES in genhancer.py, or --backbone MODEL:TAG of open_clip.
+    clip, _, _ = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")
+    visual = clip.visual.to(device)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     autoencoder = load_autoencoder(s).to(device, memory_format=layout)
     torch.manual_seed(s.seed)
@@ -425,11 +466,11 @@ def build_model(s, device):
     if s.compile:
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
-    return core.to(device).set_stage(s.stage, not s.no_lora, s.freeze_denoiser)
+    return core.set_stage(s.stage, not s.no_lora, s.freeze_denoiser)
 
 
 def load_autoencoder(s):
-    """The frozen VAE (rf) or VQ-GAN (perceiver). The bench takes random weights, and says so."""
+    """The frozen VAE (rf) or VQ-GAN (perceiver); for the bench with random weights."""
     if s.preset == "bench":
         random = AutoEncoder(AutoEncoderConfig()) if s.denoiser == "rf" else VQGAN(VQGANConfig())
         return random.eval().requires_grad_(False)
@@ -476,7 +517,7 @@ def start_of(s):
     return s.init or os.path.join(s.out, "stage1", "last.safetensors")
 
 
-def make_optimizer(core, s):
+def make_optimizer(s, core):
     """AdamW over what trains: denoiser and projectors at --lr, the visual tower at --lr-clip."""
     ours = [*core.denoiser.parameters(), *core.projectors.parameters()]
     groups = []
@@ -500,7 +541,7 @@ def start_processes():
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     else:
         device = torch.device("cpu")
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU obeys it too: slow backwards
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU obeys; its backward is slow
     if "RANK" in os.environ:
         nccl = device.type == "cuda"
         dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(minutes=30),
@@ -508,10 +549,10 @@ def start_processes():
     return device
 
 
-def distribute(core, s, device):
+def distribute(s, core, device):
     """Wrap the model for several processes: DDP, or with --shard FSDP2."""
     if s.shard:
-        return shard(core, s)
+        return shard(s, core)
     if WORLD > 1:
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(core, devices, broadcast_buffers=False,
@@ -519,7 +560,7 @@ def distribute(core, s, device):
     return core
 
 
-def shard(core, s):
+def shard(s, core):
     """FSDP2 over what trains; FLUX's blocks are gathered in bf16 and reduced in float32."""
     frozen = {p for p in core.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if s.precision == "bf16" else None
@@ -533,7 +574,7 @@ def shard(core, s):
     return core
 
 
-def reducing(model, s, micro):
+def reducing(s, model, micro):
     """DDP reduces the gradients with the last micro-batch of a step, FSDP2 with each."""
     if isinstance(model, DistributedDataParallel) and micro < s.accum - 1:
         return model.no_sync()
@@ -584,17 +625,18 @@ def open_data(s):
     return Images(s.data, side, os.path.join(s.out, "index-data.npz"))
 
 
-def load_heldout(s):
-    """The first 512 images of --val, or for the pictures 8 of --data: uint8 (n, 3, H, W)."""
-    if not s.data:
+def load_heldout(s, data):
+    """512 images of --val, or for the pictures alone 8 of --data: uint8 (n, 3, H, W)."""
+    if s.preset == "bench":
         return None
-    paths = s.val or s.data
-    index_path = os.path.join(s.out, "index-val.npz" if s.val else "index-data.npz")
-    data = Images(paths, backbone_side(s), index_path, augment=False)
-    images = [data.load(i)[0] for i in range(min(len(data), 512 if s.val else 8))]
+    count = 8
+    if s.val:
+        data = Images(s.val, data.side, os.path.join(s.out, "index-val.npz"))
+        count = 512
+    images = [data.load(i, augment=False)[0] for i in range(min(len(data), count))]
     images = [image for image in images if image is not None]
     if not images:
-        raise UserError(f"none of the first images of {', '.join(paths)} can be decoded")
+        raise UserError(f"none of the first images of {', '.join(s.val or s.data)} can be decoded")
     return torch.stack(images)
 
 
@@ -606,7 +648,7 @@ def load_batches(s, data, start, total, device):
 
 
 def batch_keys(s, n, start, total):
-    """This rank's micro-batches, as Images takes them: a function of (seed, step, slot) alone."""
+    """This rank's micro-batches, as Images takes them: they follow from (seed, step, slot)."""
     for step in range(start, total):
         for micro in range(s.accum):
             slot = micro * WORLD + RANK
@@ -630,7 +672,7 @@ class Images(Dataset):
     the index is cached.
     """
 
-    def __init__(self, paths, side, index_path, augment=True):
+    def __init__(self, paths, side, index_path):
         if RANK == 0:
             make_index(paths, index_path)
         barrier()
@@ -642,10 +684,8 @@ class Images(Dataset):
             raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
         self.side = side
         bicubic = v2.InterpolationMode.BICUBIC  # antialiased
-        if augment:
-            self.transform = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
-        else:
-            self.transform = v2.Compose([v2.Resize(side, bicubic), v2.CenterCrop(side)])
+        self.random_crop = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
+        self.centre_crop = v2.Compose([v2.Resize(side, bicubic), v2.CenterCrop(side)])
 
     def __len__(self):
         return len(self.entries)
@@ -669,7 +709,7 @@ class Images(Dataset):
             images.append(image)
         return torch.stack(images), skipped
 
-    def load(self, index):
+    def load(self, index, augment=True):
         """One image, uint8 (3, side, side), or None if it cannot be decoded; and its name."""
         file, offset, size = self.entries[index]
         path = os.fsdecode(bytes(self.files[file]))
@@ -688,7 +728,8 @@ class Images(Dataset):
             with Image.open(io.BytesIO(data)) as image:
                 needed = math.ceil(self.side / 0.9)  # no crop is less than .9 of a side
                 image.draft(None, (needed, needed))  # JPEG: decode at a fraction that is enough
-                return self.transform(pil_to_tensor(to_rgb(image))), name
+                crop = self.random_crop if augment else self.centre_crop
+                return crop(pil_to_tensor(to_rgb(image))), name
         except Exception:  # the decoders raise anything; from memory, the image is at fault
             return None, name
 
@@ -699,7 +740,7 @@ class Images(Dataset):
 
 
 def to_rgb(image):
-    """A PIL image of any mode -> upright 8-bit RGB, on white: the one rule of training."""
+    """A PIL image of any mode -> upright 8-bit RGB, on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
         values = np.asarray(image)
@@ -759,7 +800,10 @@ def make_index(paths, index_path):
 
 
 def find_images(paths):
-    """Folders and tar files -> (shards, images), two lists of files. UserError if neither."""
+    """Folders and tar files -> (shards, images), two lists of files. UserError if neither.
+
+    Of a folder that holds tar files, subfolders included, these alone count.
+    """
     shards, images = [], []
     for path in paths:
         if os.path.isdir(path):
@@ -958,7 +1002,7 @@ def read_json(path):
 
 
 class Log:
-    """log.csv: each row holds the means, over all ranks, of the steps since the row before."""
+    """log.csv: losses and images/s over all ranks since the row before, the rest at its step."""
     BINS = 10      # of t, or of the mask ratio
     ENOUGH = 1000  # images, before the undecodable among them are judged
 
@@ -975,9 +1019,12 @@ class Log:
         self.columns = ["step", "epoch", "loss", *bins, "grad_norm", "lr", "images_per_s",
                         "peak_memory_gb", "undecodable", "heldout", "heldout_shuffled"]
         self.rows = self.read_rows(start) if start else []
+        self.since = start
         self.clock = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self.bar = tqdm(total=total, initial=start, desc=f"stage {s.stage}", unit="step",
-                        disable=RANK > 0, dynamic_ncols=True, mininterval=1)
+                        disable=None if RANK == 0 else True, dynamic_ncols=True)
 
     def read_rows(self, start):
         """The rows up to the step from which the run goes on, which has one; none without a log."""
@@ -1005,7 +1052,7 @@ class Log:
         self.skipped += len(skipped)
 
     def write_row(self, step, epoch, grad_norm, lr, heldout):
-        """Gather the ranks' sums and write a row: the loop's only wait for the device."""
+        """Sum over the ranks and write a row. This waits for the device, so it is called rarely."""
         skipped = torch.tensor(self.skipped, device=self.losses.device)
         if WORLD > 1:
             for sums in (self.losses, self.images, skipped):
@@ -1021,8 +1068,12 @@ class Log:
                           self.undecodable, *heldout])
         if RANK == 0:
             write_file(self.path, self.write)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-        self.bar.update(step - self.bar.n)
+        progress = f"loss {loss:.4f}, {speed:.0f} images/s"
+        if self.bar.disable:  # where no terminal shows it
+            say(f"step {step} of {self.total}: {progress}")
+        self.bar.set_postfix_str(progress, refresh=False)
+        self.bar.update(step - self.since)
+        self.since = step
         self.losses.zero_()
         self.images.zero_()
         self.skipped = 0
@@ -1073,14 +1124,14 @@ def trained_clip(s, weights):
            if name.startswith(prefix)}
     unexpected = clip.visual.load_state_dict(own, strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"the tower has no {unexpected[0]}")
+        raise ValueError(f"unexpected weight {unexpected[0]}")
     merge_lora(clip.visual)
     return clip
 
 
 def write_card(s, result):
     """hf/README.md: the model card that the hub shows, with the evaluation if there is one."""
-    settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in MOVABLE}
+    settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in LOCAL}
     card = model_card(s.backbone, settings, result)
 
     def write(part):
@@ -1109,7 +1160,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, 
 
 
 def print_bench(s, core, log, device):
-    """Where the bench ends: its speed and its memory, from the rows of the log but the first."""
+    """Speed, memory and MFU, from the rows of the log but the first."""
     column = log.columns.index("images_per_s")
     speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
@@ -1129,11 +1180,12 @@ def print_bench(s, core, log, device):
 
 # ------------------------------------------------------------------------------------ the command
 
-MOVABLE = {  # what may change when a run goes on; data and weights are known by their fingerprints
-    "stage", "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
-    "epochs", "accum", "workers", "compile", "shard", "grad_checkpoint",
-    "save_every", "sample_every", "log_every", "export_every",
+LOCAL = {  # of this machine and its files, and no part of what is trained
+    "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
+    "workers", "save_every", "sample_every", "log_every", "export_every",
 }
+# What may change when a run goes on; data and weights are known by their fingerprints.
+MOVABLE = LOCAL | {"stage", "accum", "compile", "shard", "grad_checkpoint"}
 
 
 def check_same_run(s, data):
@@ -1209,6 +1261,11 @@ def check_values(s):
         raise UserError("--shard shares the model among processes: start it with torchrun")
     if s.preset == "bench" and (s.steps or 0) < 2 * s.log_every:
         raise UserError("--preset bench counts in --steps: give at least twice --log-every")
+    if s.preset == "bench" and (s.save_every or s.sample_every or s.export_every or s.init):
+        raise UserError("--preset bench saves nothing: leave --init, --save-every, --sample-every "
+                        "and --export-every out")
+    if s.preset == "bench" and os.path.exists(os.path.join(s.folder, "settings.json")):
+        raise UserError(f"--out {s.out} holds a run: choose another folder for the bench")
 
 
 def check_sides(s):
@@ -1225,11 +1282,11 @@ def check_start(s):
     """What the stage starts from is there and, if this program wrote it, whole."""
     if s.stage != 2 and not s.init:
         return
-    start = start_of(s) if s.stage == 2 else s.init
+    start = start_of(s)
     if not os.path.isfile(start):
-        raise UserError(f"no weights to start from at {start}: run --stage 1 first, or name a file "
-                        "with --init")
-    if os.path.exists(about_path(start)) and not is_intact(start):
+        way = "run --stage 1 first, or name" if s.stage == 2 else "name"
+        raise UserError(f"no weights to start from at {start}: {way} a file with --init")
+    if s.stage == 2 and os.path.exists(about_path(start)) and not is_intact(start):
         raise UserError(f"{start} is damaged: run --stage 1 again, which makes it anew from its "
                         "newest checkpoint")
 
@@ -1246,22 +1303,10 @@ def lock_out(s):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"--out {s.out} is in use by another run: choose another") from None
+    for left in glob.glob(os.path.join(glob.escape(s.out), "**", f"{PART}*"), recursive=True,
+                          include_hidden=True):
+        shutil.rmtree(left)  # what a kill left of a file that was being written
     return file
-
-
-def train_stages(settings, device):
-    """Train one stage after another. What users can do something about becomes a UserError."""
-    try:
-        for s in settings:
-            train_stage(s, device)
-    except RuntimeError as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        raise UserError(reason) from None
-    finally:
-        for bar in list(tqdm._instances):  # so that a message begins a line of its own
-            bar.close()
 
 
 def explain(error):
@@ -1278,28 +1323,6 @@ def explain(error):
         return (f"rank {RANK} lost another rank, whose own message says why; the same command goes "
                 "on")
     return None
-
-
-def run(argv):
-    typed = read_command_line(argv)
-    bench = typed.get("preset") == "bench"
-    wish = typed.pop("stage", "1" if bench else "all")
-    if wish == "all" and (bench or typed.keys() & {"init", "lr"}):
-        raise UserError("the bench, --init and --lr belong to one stage: name it with --stage")
-    settings = [make_settings(typed, stage) for stage in STAGES[wish]]
-    lock = lock_out(settings[0]) if RANK == 0 else None  # held until the process ends
-    if LOCAL_RANK == 0:
-        if settings[0].preset == "toy":
-            from toy.make_toy import draw_world
-            draw_world(os.path.join(TOY, "data"))
-        check(settings[0], compares=wish == "all")
-    device = start_processes()
-    train_stages(settings, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if wish == "all" and RANK == 0:
-        compare(settings[-1], device)
-    del lock
 
 
 def main(argv=None):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 
 @dataclass
@@ -407,6 +408,9 @@ def holds_floats(value):
     return value.is_floating_point() and value.dtype != packed and value.numel() > 0
 
 
+PART = ".part-"  # how the folders begin in which files are written aside
+
+
 def write_file(path, write):
     """Write a file so that `path` always holds all of its old content or all of its new.
 
@@ -420,7 +424,7 @@ def write_file(path, write):
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private:
+        with tempfile.TemporaryDirectory(prefix=PART, dir=folder) as private:
             part = os.path.join(private, name)
             open(part, "x").close()
             permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
@@ -470,7 +474,7 @@ def run_command(program, run, argv=None):
         run(argv)
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2].strip()
-        print(f"{program}: {escape(message)}", file=sys.stderr)
+        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar
         sys.exit(2)
 
 
