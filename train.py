@@ -767,7 +767,7 @@ class RandomImages(Dataset):
 
 def backbone_side(s):
     """The side of the square images that the backbone takes, in pixels."""
-    model = find_backbone(s.backbone, s.clip_weights).model
+    model = find_backbone(s.backbone, s.clip_weights, random=s.preset == "bench").model
     return open_clip.get_model_config(model)["vision_cfg"]["image_size"]
 
 
