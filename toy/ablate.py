@@ -1,566 +1,719 @@
-"""The paper's ablations in miniature: a grid of train.py runs on the toy world, over several CLIPs, as curves of accuracy against retention.
+"""The paper's findings in miniature: each claim is an arm that is compared with its reference.
 
-    python toy/ablate.py --quick      # one CLIP and the main rows, about 10 minutes on 2 cores
-    python toy/ablate.py              # the grid: hours. A killed grid goes on where it was
-    python toy/ablate.py --report     # the tables, ablation.svg and ablation.csv of what has run so far
-    python toy/ablate.py --visible runs/toy-rf     # what the reconstructions of a finished train.py --preset toy show, and a picture of it
+    python toy/ablate.py --quick             # one CLIP, four arms, a small test: 10 minutes
+    python toy/ablate.py                     # the grid, in hours; the same command goes on
+    python toy/ablate.py --arms "local .5"   # one row of the table, with its reference
+    python toy/ablate.py --report            # the tables and the figure, from toy/ablation.csv
 
-Each cell is one CLIP, arm and rate of LoRA: stage 1 (shared by the arms that differ in stage 2 only), then stage 2 with a CLIP saved every
-60 steps, each scored on two benchmarks and on two sets of category images. The rate of an arm is the one of three with the highest accuracy
-at a retention of .97 on dev, with the first CLIP; the table's numbers come from a benchmark and from images that nothing was chosen on.
-CLIP n is trained with seed n, and so are its stages. A verdict is Student's 95 % interval over CLIPs, for which the arms' spreads are pooled:
-of 22 verdicts, one is wrong by luck. The cells share what they all compute, the images of a step and their latents (out/memory-*, 2 GB, to be removed at will).
+toy/README.md holds the design. A cell is an arm on a CLIP: train.py's two stages, and the CLIPs
+that it exports along the second. When all are trained, the test is drawn, and each is scored on it
+once. OUT/full/ablation.csv holds all that the report needs; all the rest, 14 GB, does not matter.
 """
-import argparse
 import csv
 import fcntl
-import hashlib
+import io
 import json
 import math
-import multiprocessing
 import os
-import shutil
+import subprocess
 import sys
-import threading
-import time
-import zlib
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-import eval_mmvp  # noqa: E402
-import toy.make_toy as make_toy  # noqa: E402
-import train  # noqa: E402
-from eval_mmvp import encode_images, evaluate, exact_float32  # noqa: E402
-from genhancer import load_clip  # noqa: E402
-from toy.make_toy import VALUES, draw_part, draw_world, tqdm, write_benchmark, write_classes  # noqa: E402
-from train import build_model, checkpoints, load_file, parse_args, seed_draws, stage_settings, write_json  # noqa: E402
-from vae import AutoEncoder, UserError  # noqa: E402
-from vqgan import VQGAN  # noqa: E402
+sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
+from eval_mmvp import ImageFiles, check_zeroshot, encode_texts, read_benchmark
+from genhancer import load_clip
+from toy.make_toy import PATTERNS, VALUES, draw_part, write_benchmark, write_classes
+from vae import Parser, UserError, run_command, write_file, write_json
 
-FINAL, FINAL_CLASSES, PROBE = 101, 102, 103  # seeds of what the table is measured on, drawn by nothing else
-STEPS, EVERY = 300, 60
-SAME = "--precision bf16"  # whether or not the CPU is fast at it
-RATES, DIRECT_RATES = (2e-4, 4e-4, 8e-4), (1e-5, 3e-5, 1e-4)
-# arm: (flags of both stages, of stage 1, of stage 2)
-ARMS = {
-    "rf": ("", "", ""),
-    "perceiver": ("--denoiser perceiver", "", ""),
-    "local .1": ("--local-ratio 0.1", "", ""),
-    "local .5": ("--local-ratio 0.5", "", ""),
-    "local 1": ("--local-ratio 1", "", ""),
-    "perceiver, local .5": ("--denoiser perceiver --local-ratio 0.5", "", ""),
-    "end to end": ("", None, ""),
-    "direct": ("", "", "--no-lora"),
-    "frozen": ("", "", "--freeze-denoiser"),
-    "uniform t": ("--timesteps uniform", "", ""),
-    "s = .1": ("--scale 0.1", "", ""),
-    "s = .5": ("--scale 0.5", "", ""),
-    "s = 5": ("--scale 5", "", ""),
-    "s = 10": ("--scale 10", "", ""),
-    "depth 2 + 4": ("--depth 2 4", "", ""),
-    "layers 2": ("--denoiser perceiver --layers 2", "", ""),
-    "layers 6": ("--denoiser perceiver --layers 6", "", ""),
-    "mask .5": ("--denoiser perceiver --mask-ratio 0.5 0.5", "", ""),
-    "mask .75": ("--denoiser perceiver --mask-ratio 0.75 0.75", "", ""),
-    "mask .9": ("--denoiser perceiver --mask-ratio 0.9 0.9", "", ""),
-    "stage 1: 200 steps": ("", "--steps 200", ""),
-    "stage 1: 1700 steps": ("", "--steps 1700", ""),
-    "shuffled target": ("", "", "--shuffle-target"),
-}
-QUICK = ("rf", "local .5", "end to end", "direct")
-KEY = ("rf", "perceiver", "local .5", "end to end", "uniform t", "direct", "frozen")  # on all CLIPs; the others on two
-CLAIMS = (  # (arm, of what, the claim, the paper's numbers, how the arm should differ from its reference)
-    ("local .1", "rf", "Fig. 5: 10 % of local tokens hurt", "a figure only", -1),
-    ("local .5", "rf", "Fig. 5: 50 % of local tokens hurt", "a figure only", -1),
-    ("local 1", "rf", "Fig. 5: all local tokens hurt", "a figure only", -1),
-    ("perceiver, local .5", "perceiver", "Fig. 5: also with the discrete denoiser", "a figure only", -1),
-    ("end to end", "rf", "Fig. 6: end to end is worse", "more than 5 points worse", -1),
-    ("uniform t", "rf", "Table 4: uniform t is worse than s = 1", "21.5 against 31.9", -1),
-    ("s = .1", "rf", "Table 4: s = .1 is worse", "27.4 against 31.9", -1),
-    ("s = .5", "rf", "Table 4: s = .5 is worse", "28.2 against 31.9", -1),
-    ("s = 5", "rf", "Table 4: s = 5 is worse", "24.5 against 31.9", -1),
-    ("s = 10", "rf", "Table 4: s = 10 is worse", "20.7 against 31.9", -1),
-    ("depth 2 + 4", "rf", "Table 5: one of 2 + 4 for 1 + 2 blocks does no better", "42.2 against 41.5", "<="),
-    ("layers 2", "perceiver", "Table 5: 2 layers are a little worse than 4", "41.5 against 43.7", -1),
-    ("layers 6", "perceiver", "Table 5: 6 layers are a little better than 4", "45.2 against 43.7", 1),
-    ("perceiver", "rf", "Table 6: discrete below continuous on OpenAI's CLIP", "28.9 against 31.9", -1),
-    ("mask .5", "perceiver", "Table 8: masks of 50 % do about as well as 50-90 %", "28.1 against 28.9", 0),
-    ("mask .75", "perceiver", "Table 8: masks of 75 % are a little worse", "27.4 against 28.9", -1),
-    ("mask .9", "perceiver", "Table 8: masks of 90 % are worse", "25.9 against 28.9", -1),
-    ("direct", "rf", "Fig. 8: training without LoRA is worse", "a figure only", -1),
-    ("frozen", "rf", "Fig. 9: a frozen denoiser makes little difference", "a figure only", 0),
-    ("stage 1: 200 steps", "rf", "Fig. 1b: a short stage 1 is worse", "a figure only", -1),
-    ("stage 1: 1700 steps", "rf", "Fig. 1b: better reconstruction is no better representation", "a figure only", "<="),
-    ("shuffled target", "rf", "control: another image's [CLS]", "none", -1),
+# ---- The design ----------------------------------------------------------------------------------
+
+FEW = ("0", "1", "2")  # CLIPs, by the seed of make_toy.py clip, which is the stages' seed too
+MANY = ("0", "1", "2", "3", "4", "5")
+PAIR_SEED, IMAGE_SEED, PROBE_SEED = 201, 202, 203  # of the test; nothing else draws from them
+
+# An outcome is a measure and where it is compared: at equal retention, or at the end of stage 2.
+EQUAL, AFTER = "pairs at equal retention", "pairs at the end"
+KEPT, MARGIN = "zeroshot at the end", "margin at equal retention"
+OUTCOMES = (EQUAL, AFTER, KEPT, MARGIN)
+LOW, HIGH = 0.97, 0.99  # the retentions over which gains are averaged
+NARROWEST = 0.98        # where not all curves fall to this, AFTER decides instead of EQUAL
+
+WORSE, BETTER, AS_WELL, NO_BETTER = "worse", "better", "about as well", "no better"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the grid. The paper says that it does as `expected`, compared with its reference."""
+
+    name: str
+    paper: str = ""
+    expected: str = ""       # "" for references and for what is only shown
+    flags: str = ""          # of both stages
+    stage1: str = ""         # of stage 1 alone
+    stage2: str = ""         # of stage 2 alone
+    stage: str = "2"
+    rate: float = 4e-4       # of the visual tower
+    clips: tuple = FEW
+    share: float = math.nan  # of its reference's gain, what it loses in the paper
+    primary: tuple = EQUAL   # the outcome that decides
+
+    @property
+    def family(self):
+        return "perceiver" if "perceiver" in self.flags else "rf"
+
+    @property
+    def reference(self):
+        return "rf" if self.name == "perceiver" else self.family
+
+    @property
+    def start(self):
+        """The arm whose stage 1 it takes: rf's if it differs from rf in stage 2 alone."""
+        return self if self.flags or self.stage1 else ARMS["rf"]
+
+
+def table4(*points):
+    """The share that an arm of Table 4 loses: the mean over its three backbones."""
+    gains = (12.6, 9.6, 8.2)  # of s = 1
+    return sum(lost / gain for lost, gain in zip(points, gains, strict=True)) / 3
+
+
+DISCRETE = "--denoiser perceiver"
+ARMS = (
+    Arm("rf", clips=MANY),
+    Arm("perceiver", "Table 6", WORSE, DISCRETE, clips=MANY, share=3.0 / 12.6),
+    Arm("local .1", "Fig. 5", WORSE, "--local-ratio 0.1"),
+    Arm("local .5", "Fig. 5", WORSE, "--local-ratio 0.5", clips=MANY),
+    Arm("local 1", "Fig. 5", WORSE, "--local-ratio 1"),
+    Arm("perceiver, local .5", "Fig. 5", WORSE, f"{DISCRETE} --local-ratio 0.5", primary=AFTER),
+    Arm("end to end", "Fig. 6", WORSE, stage="e2e", clips=MANY, share=5 / 12.6),
+    Arm("uniform t", "Table 4", WORSE, "--timesteps uniform", clips=MANY,
+        share=table4(10.4, 7.4, 8.2)),
+    Arm("s = .1", "Table 4", WORSE, "--scale 0.1", share=table4(4.5, 3.7, 5.2)),
+    Arm("s = .5", "Table 4", WORSE, "--scale 0.5", share=table4(3.7, 0.7, 2.3)),
+    Arm("s = 5", "Table 4", WORSE, "--scale 5", share=table4(7.4, 3.7, 6.0)),
+    Arm("s = 10", "Table 4", WORSE, "--scale 10", share=table4(11.2, 9.6, 10.4)),
+    Arm("depth 2 + 4", "Table 5", NO_BETTER, "--depth 2 4"),
+    Arm("layers 2", "Table 5", WORSE, f"{DISCRETE} --layers 2", share=2.2 / 5.9),
+    Arm("layers 6", "Table 5", BETTER, f"{DISCRETE} --layers 6", share=1.5 / 5.9),
+    Arm("mask .5", "Table 8", AS_WELL, f"{DISCRETE} --mask-ratio 0.5 0.5"),
+    Arm("mask .75", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.75 0.75", share=1.5 / 9.6),
+    Arm("mask .9", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.9 0.9", share=3.0 / 9.6),
+    Arm("direct", "Fig. 8", WORSE, stage2="--no-lora", rate=1e-4, clips=MANY[1:], primary=KEPT),
+    Arm("direct, 4e-4", "Fig. 8", stage2="--no-lora", clips=FEW[1:]),  # CLIP 0 chose its rate
+    Arm("frozen", "Fig. 9", AS_WELL, stage2="--freeze-denoiser"),
+    Arm("stage 1: 200 steps", "Fig. 1b", WORSE, stage1="--steps 200"),
+    Arm("stage 1: 1700 steps", "Fig. 1b", NO_BETTER, stage1="--steps 1700"),
+    Arm("shuffled target", "control", WORSE, stage2="--shuffle-target", primary=AFTER),
+    Arm("all captions", clips=("full",)),  # rf on the CLIP of make_toy.py clip --regime full
 )
-CLIPS = tuple("0123456789")  # seeds of make_toy.py clip; 0: the committed one
-CONTROL, RETENTIONS = "shuffled target", (.98, .97, .95)
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042}
-MARGIN = 2.0  # points: what "about as well" and "no better" allow
+ARMS = {arm.name: arm for arm in ARMS}
+APART = ("direct, 4e-4", "shuffled target", "all captions")  # not in what the arms' noise is
+# The steps of stage 1, as in train.py's preset; those of stage 2 after which a CLIP is scored; and
+# the test's pairs of each pattern, and its images for the retention.
+FULL = {"arms": tuple(ARMS), "clips": (*MANY, "full"), "stage 1": 850, "stage 2": (100, 200, 300),
+        "pairs": 1000, "images": 20_000}
+QUICK = FULL | {"arms": ("rf", "local .5", "end to end", "frozen"), "clips": ("0",)}
+QUICK |= {"stage 1": 250, "pairs": 100, "images": 2000}
+
+# ---- The cells -----------------------------------------------------------------------------------
+
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",  # the arms are compared on CPUs
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # what is freed stays with the process: a fifth faster
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 
 
-def end_with(parent):
-    """For a worker or a job: one core, and no life after its parent's, or it would hold the grid's lock."""
+def run_grid(out, plan, jobs):
+    """Train and score what is missing in `out`, `jobs` runs at a time, and write ablation.csv."""
     torch.set_num_threads(1)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def remember(owner, name, folder, key):
-    """Have a method of one argument keep each result on disk and read it from there the next time; `key` tells what it depends on."""
-    method = getattr(owner, name)
-
-    def recalled(self, argument):
-        path = os.path.join(folder, f"{name.strip('_')}-{hashlib.sha256(key(self, argument)).hexdigest()}.pt")
-        if os.path.isfile(path):
-            return torch.load(path)
-        result = method(self, argument)
-        torch.save(result, f"{path}.{os.getpid()}")
-        os.replace(f"{path}.{os.getpid()}", path)
-        return result
-    setattr(owner, name, recalled)
+    phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: the command for it}
+    cells = {}  # the cell's file: the arm's name, the CLIP, and {step: exported CLIP}
+    for name in plan["arms"]:
+        for clip in ARMS[name].clips:
+            if clip in plan["clips"]:
+                add_cell(out, plan, ARMS[name], clip, phases, cells)
+    call(["toy/make_toy.py"], f"{out}/world.log")
+    for what, commands in phases.items():
+        run_all(what, make, list(commands.items()), jobs)
+    left = [(path, *cell) for path, cell in cells.items() if not os.path.exists(path)]
+    if left:
+        run_all("scores", partial(score_cell, load_test(out, plan)), left, jobs)
+    write_csv(f"{out}/ablation.csv", cells)
 
 
-def command(log, memory, words):
-    """The body of a process: train.py or make_toy.py, words[0], with the other words as its arguments; same numbers, whatever is remembered."""
-    end_with(os.getppid())
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the toy is compared on CPUs
-    os.chdir(os.path.dirname(HERE))
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    remember(train.Images, "__getitem__", memory, lambda data, key: f"{data.fingerprint()} {key}".encode())
-    for tokenizer, method in ((AutoEncoder, "moments"), (VQGAN, "encode")):
-        remember(tokenizer, method, memory, lambda _, images: np.ascontiguousarray(images))
-    sys.argv = words
-    {"train.py": train, "toy/make_toy.py": make_toy}[words[0]].main()
+def add_cell(out, plan, arm, clip, phases, cells):
+    """Note what a cell needs: the commands, and the CLIPs to be scored."""
+    home = f"{out}/clip-{clip}"
+    weights = f"{HERE if clip == '0' else home}/clip.safetensors"  # 0 is the committed CLIP
+    seed = "0" if clip == "full" else clip
+    command = ["toy/make_toy.py", "clip", "--seed", seed, "--out", home]
+    phases["CLIPs"][weights] = command + (["--regime", "full"] if clip == "full" else [])
+    common = ["train.py", "--preset", "toy", "--seed", seed, "--clip-weights", weights, "--out"]
+
+    init = []
+    if arm.stage == "2":
+        folder = f"{home}/{arm.start.name}"
+        start = f"{folder}/stage1/last.safetensors"
+        init = ["--init", start]
+        # Of a flag that comes twice, train.py takes the last.
+        flags = f"--stage 1 --steps {plan['stage 1']} {arm.start.flags} {arm.start.stage1}"
+        phases["stage 1"][start] = [*common, folder, *flags.split()]
+
+    folder = f"{home}/{arm.name}"
+    steps = plan["stage 2"]
+    flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {steps[0]}"
+    flags += f" --lr-clip {arm.rate} {arm.flags} {arm.stage2}"
+    result = f"{folder}/clip.safetensors"
+    phases["stage 2"][result] = [*common, folder, *flags.split(), *init]
+    exported = {step: f"{folder}/clip-{step:06}.safetensors" for step in steps[:-1]}
+    exported[steps[-1]] = result
+    cells[f"{home}/original.json"] = "original", clip, {0: weights}
+    cells[f"{folder}.json"] = arm.name, clip, exported
 
 
-def call(out, log, line, /, *flags, **paths):
-    """Run a command line of train.py or make_toy.py in a process of its own, its output into the file `log`; returns the line, raises RuntimeError."""
-    words = [*line.split(), *(word for flag in flags for word in flag.split())]
-    words += [word for name, path in paths.items() for word in (f"--{name.replace('_', '-')}", path)]
+def run_all(what, function, tasks, jobs):
+    """Call function(task) for all tasks, `jobs` at a time. After an error no further one begins."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in tqdm(pool.map(function, tasks), what, len(tasks)):
+            pass
+
+
+def make(task):
+    """Make a file by its command, unless it is there; train.py goes on with a killed run."""
+    path, words = task
+    if not os.path.exists(path):
+        folder = words[words.index("--out") + 1]
+        call(words, f"{folder}.log")
+
+
+def call(words, log):
+    """Run a program of the project as a user does; what it says goes into the file `log`."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "a") as file:
-        process = multiprocessing.get_context("fork").Process(target=command, args=(file, memory_of(out), words))  # spares the imports
-        process.start()
-        process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{' '.join(words)} failed: see {log}")
-    return "python " + " ".join(words)
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=os.path.dirname(HERE),
+            env=os.environ | ENVIRONMENT,
+            stdout=file,
+            stderr=file,
+            close_fds=False,  # it holds the grid's lock, even if the grid is killed
+        )
+    if done.returncode != 0:
+        raise UserError(f"{' '.join(words)} failed: see {log}; the same command goes on")
 
 
-def memory_of(out):
-    """The folder of what is remembered: another one for other tokenizers."""
-    folder = os.path.join(out, "-".join(["memory", *(f"{checksum(f'{HERE}/{name}.safetensors'):08x}" for name in ("vae", "vqgan"))]))
-    os.makedirs(folder, exist_ok=True)
-    return folder
+def load_test(out, plan):
+    """Draw the test, once, and read all of it into memory."""
+    folder = f"{out}/test"
+    if not os.path.isdir(folder):
+        with tempfile.TemporaryDirectory(dir=out) as private:
+            new = f"{private}/test"
+            pairs = write_benchmark(f"{new}/mmvp", PAIR_SEED, plan["pairs"])
+            images = write_classes(f"{new}/zeroshot", IMAGE_SEED, plan["images"])
+            for part in (pairs, images):
+                for _ in tqdm(part, "drawing the test"):
+                    pass
+            os.rename(new, folder)
+    preprocess = load_clip("toy")[1]
+    pairs = read_benchmark(f"{folder}/mmvp")
+    files = ImageFiles([file for pair in pairs for file in pair["images"]], preprocess)
+    classes, names, _ = check_zeroshot("folder", f"{folder}/zeroshot", preprocess)
+    pixels, scenes = zip(*draw_part(PROBE_SEED, range(3000)), strict=True)
+    return {
+        "attributes": np.array([PATTERNS[pair["type"]][0] for pair in pairs]),
+        "statements": ["a photo of " + text for pair in pairs for text in pair["statements"]],
+        "pairs": torch.stack([image for image, _ in tqdm(files, "reading pairs")]),
+        "names": [f"a photo of a {name}." for name in names],
+        "labels": torch.tensor(classes.targets),
+        "images": torch.stack([image for image, _ in tqdm(classes, "reading images")]),
+        "scenes": scenes,
+        "probe": torch.stack([preprocess(Image.fromarray(image)) for image in pixels]),
+    }
 
 
-def read_json(path):
-    with open(path) as file:
-        return json.load(file)
-
-
-def quoted(arm):
-    return f'"{arm}"' if " " in arm else arm
-
-
-def weights_of(out, clip):
-    """The file of a CLIP: the committed one ("0"), another seed's, or the regime without gain ("full")."""
-    return os.path.join(HERE if clip == "0" else os.path.join(out, f"clip-{clip}"), "clip.safetensors")
-
-
-def prepare(out, clip):
-    """Train a CLIP, if it is not there, and score it as it is."""
-    folder, weights = os.path.join(out, f"clip-{clip}"), weights_of(out, clip)
-    if not os.path.isfile(weights):
-        call(out, f"{folder}.log", "toy/make_toy.py clip", "--regime full" if clip == "full" else f"--seed {clip}", out=folder)
-    if not os.path.isfile(f"{folder}/before.json") or read_json(f"{folder}/before.json").get("crc") != checksum(weights):
-        os.makedirs(folder, exist_ok=True)
-        write_json(f"{folder}/before.json", score(out, weights) | {"step": 0, "crc": checksum(weights)})
-
-
-def name_of(out, clip, name):
-    return os.path.join(out, f"clip-{clip}", name.replace("--", "").replace(" ", "_"))
-
-
-def stage1_folder(out, clip, arm):
-    """Where an arm's stage 1 lies: named by its flags, so that arms which differ in stage 2 only share it."""
-    both, one, _ = ARMS[arm]
-    return name_of(out, clip, f"stage 1 {both} {one}".rstrip())
-
-
-def same(clip):
-    """The flags of every run of a CLIP."""
-    return f"{SAME} --seed {0 if clip == 'full' else clip}"
-
-
-def stage1(out, clip, arm):
-    """Stage 1 of an arm, which train.py finds finished if it is."""
-    folder = stage1_folder(out, clip, arm)
-    call(out, f"{folder}.log", "train.py --preset toy --stage 1", same(clip), *ARMS[arm][:2], clip_weights=weights_of(out, clip), out=folder)
-
-
-@lru_cache(None)
-def checksum(path):
-    with open(path, "rb") as file:
-        return zlib.crc32(file.read())
-
-
-def plan(out, clip, arm, rate):
-    """A cell's path without .json, the flags of its stage 2, and what its JSON must say for it to be this cell."""
-    both, one, two = ARMS[arm]
-    flags = (both, two, f"{same(clip)} --lr-clip {rate} --export-every {EVERY} --sample-every {EVERY}")
-    what = {"clip": clip, "arm": arm, "rate": rate, "flags": " ".join([*flags, str(one), str(STEPS)]), "crc": checksum(weights_of(out, clip))}
-    return name_of(out, clip, f"{arm} {rate:g}"), flags, what
-
-
-def finished(out, clip, arm, rate):
-    """A cell's JSON, or None if it has not run; RuntimeError if another one lies in its place."""
-    if not os.path.isfile(path := f"{name_of(out, clip, f'{arm} {rate:g}')}.json"):
-        return None
-    content, what = read_json(path), plan(out, clip, arm, rate)[2]
-    if {key: content.get(key) for key in what} != what:
-        raise RuntimeError(f"{path} is of other settings or another CLIP: remove it, or choose another --out")
-    return content
-
-
-def cell(out, clip, arm, rate):
-    """Train, score the curve and write one JSON, unless it is there."""
-    if finished(out, clip, arm, rate):
-        return
-    (path, flags, what), weights, one = plan(out, clip, arm, rate), weights_of(out, clip), ARMS[arm][1]
-    if one is None:
-        line = call(out, f"{path}.log", f"train.py --preset toy --stage e2e --steps {STEPS * 3 // 2}", *flags, clip_weights=weights, out=path)
-    else:
-        start = os.path.join(stage1_folder(out, clip, arm), "stage1", "last.safetensors")
-        line = call(out, f"{path}.log", f"train.py --preset toy --stage 2 --steps {STEPS}", *flags, clip_weights=weights, out=path, init=start)
-    with open(os.path.join(path, "e2e" if one is None else "stage2", "log.csv"), newline="") as file:
-        heldout = {int(row["step"]): float(row["heldout"]) for row in csv.DictReader(file) if row["heldout"]}
-    curve, last = [read_json(os.path.join(out, f"clip-{clip}", "before.json"))], os.path.join(path, "clip.safetensors")
-    for step in sorted(heldout):
-        curve.append(score(out, last if step == max(heldout) else os.path.join(path, f"clip-{step:06}.safetensors")) | {"step": step, "heldout": heldout[step]})
-    result = what | {"command": line, "curve": curve}
-    if arm == "rf":
-        result["probe"] = {"before": probe(weights), "after": probe(last)}
-    write_json(f"{path}.json", result)
-    shutil.rmtree(path)
-
-
-read_once = lru_cache(None)(eval_mmvp.read_image)  # a worker scores many CLIPs on the same images
-
-
-def score(out, weights):
-    """{"dev": ..., "test": ...}: pair accuracy, by pattern too, and category zero-shot, of a CLIP's weights."""
-    eval_mmvp.read_image = read_once
-    clip, preprocess, tokenizer = load_clip("toy", weights)
-    result = {}
-    for name, benchmark, classes in (("dev", f"{HERE}/data/mmvp-dev", f"{HERE}/data/zeroshot-dev"), ("test", f"{out}/world/mmvp", f"{out}/world/zeroshot")):
-        seen = evaluate(clip, preprocess, tokenizer, benchmark, [("folder", classes)])
-        result[name] = {"pairs": seen["average"], "patterns": seen["patterns"], "zeroshot": seen["zeroshot"]["folder accuracy"]}
-    return result
-
-
-def fit_reader(features, scenes, ridge):
-    """Ridge regression of features (N, D) to each attribute, one-hot: a function (features, scenes) -> {attribute: (N,) bool, read rightly}."""
-    center = features.mean(0)
-    widen = lambda x: torch.cat([x - center, torch.ones(len(x), 1)], dim=1).double()
-    labels = lambda attribute, some: torch.tensor([VALUES[attribute].index(scene[attribute]) for scene in some])
-    x = widen(features)
-    square = x.T @ x + ridge * torch.eye(x.shape[1], dtype=torch.double)
-    maps = {attribute: torch.linalg.solve(square, x.T @ torch.eye(len(values), dtype=torch.double)[labels(attribute, scenes)]) for attribute, values in VALUES.items()}
-    return lambda features, some: {attribute: (widen(features) @ map_).argmax(1) == labels(attribute, some) for attribute, map_ in maps.items()}
-
-
-def percent(right):
-    return {attribute: 100 * of.double().mean().item() for attribute, of in right.items()}
-
-
-@exact_float32()
-def probe(weights):
-    """{attribute: percent}: a linear probe on [CLS], fitted to 2,000 new images, tested on 1,000 more."""
-    clip, preprocess, _ = load_clip("toy", weights)
-    pixels, scenes = zip(*draw_part(PROBE, range(3000)))
-    features, _ = encode_images(clip, [(preprocess(Image.fromarray(x)), i) for i, x in enumerate(pixels)], 100)
-    return percent(fit_reader(features[:2000], scenes[:2000], 1e-2)(features[2000:], scenes[2000:]))
+def score_cell(test, task):
+    """Score the CLIPs of a cell, and write its file: a list of points."""
+    path, arm, clip, files = task
+    about = {"arm": arm, "clip": clip}
+    if arm != "original":
+        stage = "e2e" if ARMS[arm].stage == "e2e" else "stage2"
+        folder = os.path.join(path.removesuffix(".json"), stage)
+        with open(f"{folder}/settings.json") as file:
+            settings = json.load(file)
+        with open(f"{folder}/log.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        about["rate"] = settings["lr_clip"]
+        about["precision"] = settings["precision"]
+        about["heldout"] = last["heldout"]  # the loss after stage 2
+    points = []
+    for step, weights in files.items():
+        points.append(about | {"step": step} | score(test, weights))
+    write_json(path, points)
 
 
 @torch.no_grad()
-@exact_float32()
-def visible(run, path, columns=8):
-    """What the reconstructions of a finished `train.py --preset toy` show, from the original [CLS] after stage 1 and from the enhanced one after stage 2.
+def score(test, weights):
+    """What eval_mmvp.py's evaluate says of a CLIP, in half the time, and more.
 
-    Prints how often each attribute is read rightly off 1,000 of them by a linear reader, fitted to the pixels of 2,000 other images as the VAE
-    decodes them. Draws, for the four attributes that gain most, the first two images that are read wrongly before and rightly after.
+    "margin": the logit by which the right image leads, for a pair's worse statement, within +-4.
     """
-    core = build_model(stage_settings(parse_args(["--preset", "toy", "--precision", "fp32", "--out", run]), 2), torch.device("cpu"))  # LoRA is still 0
-    pixels, scenes = zip(*draw_part(PROBE, range(3000)))
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+    clip, _, tokenizer = load_clip("toy", weights)
 
-    def through(function, some):
-        seed_draws(0)  # the same noise for both
-        return torch.cat([function(x) for x in tqdm(some.split(100), "reconstructing", leave=False)])
+    def encode(images):
+        return torch.cat([clip.encode_image(x, normalize=True) for x in images.split(250)])
 
-    flat = lambda x: torch.nn.functional.avg_pool2d(x, 2).flatten(1)
-    decoded = through(lambda x: core.tokenizer.decode(core.tokenizer.encode(2 * x - 1)) / 2 + 0.5, images)
-    reader, images, scenes = fit_reader(flat(decoded[:2000]), scenes[:2000], 10), images[2000:], scenes[2000:]
-    before = through(core.reconstruct, images)
-    core.load_state_dict(load_file(os.path.join(checkpoints(os.path.join(run, "stage2"))[-1], "model.safetensors")), strict=False)
-    after = through(core.reconstruct, images)
-    right = [reader(flat(x), scenes) for x in (decoded[2000:], before, after)]
-    print("\n| attribute | chance | the image itself | reconstruction, original [CLS] | enhanced [CLS] |\n|" + "---|" * 5)
+    distinct, which = np.unique(test["statements"], return_inverse=True)
+    texts = encode_texts(clip, tokenizer, distinct.tolist(), 64)[which]
+    texts = texts.unflatten(0, (-1, 2))                       # (pairs, 2 statements, D)
+    images = encode(test["pairs"]).unflatten(0, (-1, 2))      # (pairs, 2 images, D)
+    logits = clip.logit_scale.exp() * texts @ images.mT       # (pairs, 2 statements, 2 images)
+    lead = logits[:, :, 0] - logits[:, :, 1]                  # of the first image
+    margins = torch.minimum(lead[:, 0], -lead[:, 1]).numpy()  # (pairs,)
+    point = {"margin": float(margins.clip(-4, 4).mean())}
+    for attribute in VALUES:
+        right = margins[test["attributes"] == attribute] > 0
+        point[attribute] = 100 * float(right.mean())
+    point["pairs"] = sum(point[attribute] for attribute in VALUES) / len(VALUES)
+
+    names = encode_texts(clip, tokenizer, test["names"], 64)
+    chosen = (encode(test["images"]) @ names.T).argmax(dim=1)
+    right = chosen == test["labels"]
+    point["zeroshot"] = 100 * float(right.double().mean())
+    return point | probe(encode(test["probe"]), test["scenes"])
+
+
+def probe(features, scenes, fitted=2000, ridge=0.01):
+    """What % of attributes ridge regression reads off features (N, D), fitted to the first ones."""
+    x = features.double()
+    x = x - x[:fitted].mean(dim=0)
+    x = F.pad(x, (0, 1), value=1)  # (N, D + 1)
+    square = x[:fitted].T @ x[:fitted]
+    square += ridge * torch.eye(len(square))
+    point = {}
     for attribute, values in VALUES.items():
-        print(f"| {attribute} | {100 / len(values):.0f} | " + " | ".join(f"{percent(of)[attribute]:.1f}" for of in right) + " |")
-    gains = {attribute: percent(right[2])[attribute] - percent(right[1])[attribute] for attribute in VALUES}
-    best = sorted(gains, key=gains.get, reverse=True)[:columns // 2]
-    picked = {}  # image: attribute
-    for attribute in best:
-        new = [i for i in (right[2][attribute] & ~right[1][attribute]).nonzero().flatten().tolist() if i not in picked]
-        picked |= dict.fromkeys(new[:2], attribute)
-    sheet = Image.new("RGB", (150 + 122 * len(picked), 3 * 122 + 24), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.load_default(13)
-    for row, (title, source) in enumerate((("image", images), ("reconstruction\nfrom the\noriginal [CLS]", before), ("reconstruction\nfrom the\nenhanced [CLS]", after))):
-        pen.multiline_text((8, 122 * row + 45), title, "black")
-        for k, i in enumerate(picked):
-            tile = Image.fromarray((source[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-            sheet.paste(tile.resize((120, 120), Image.Resampling.NEAREST), (150 + 122 * k, 122 * row))
-    pen.text((8, 3 * 122 + 4), "what became visible", "black")
-    for k, (i, attribute) in enumerate(picked.items()):
-        pen.text((152 + 122 * k, 3 * 122 + 4), scenes[i][attribute], "black")
-    sheet.save(path)
-    print(f"{path}: of each of {', '.join(best)}, the first two images that are read wrongly before and rightly after")
+        labels = torch.tensor([values.index(scene[attribute]) for scene in scenes])
+        target = F.one_hot(labels[:fitted]).double()
+        weights = torch.linalg.solve(square, x[:fitted].T @ target)
+        chosen = (x[fitted:] @ weights).argmax(dim=1)
+        right = chosen == labels[fitted:]
+        point[f"probe {attribute}"] = 100 * float(right.double().mean())
+    return point
 
 
-def at_retention(curve, retention, part="test"):
-    """Pair accuracy where zero-shot / zero-shot before first falls to `retention`, linear between two points; NaN if it never does."""
-    points = [(point[part]["zeroshot"] / curve[0][part]["zeroshot"], point[part]["pairs"]) for point in curve]
-    for (r0, a0), (r1, a1) in zip(points, points[1:]):
-        if r1 <= retention:
-            return a0 + (a1 - a0) * (r0 - retention) / (r0 - r1)
-    return math.nan
+NUMBERS = ["heldout", "step", "pairs", "zeroshot", "margin", *VALUES]
+NUMBERS += [f"probe {attribute}" for attribute in VALUES]
 
 
-def at_step(curve):
-    """The point after STEPS steps of the visual tower."""
-    return next(point for point in curve if point["step"] == STEPS)
+def write_csv(path, cells):
+    """A line for each CLIP that was scored; `cells` are the cells' files."""
+    text = io.StringIO()
+    columns = ["arm", "clip", "rate", "precision", *NUMBERS]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for cell in cells:
+        with open(cell) as file:
+            writer.writerows(json.load(file))
+    write_text(path, text.getvalue())
 
 
-def t95(dof):
-    """Student's t, two-sided 95 %, at these degrees of freedom or the next fewer in the table."""
-    return T95[max(key for key in T95 if key <= dof)]
+def write_text(path, text):
+    def write(part):
+        with open(part, "w") as file:
+            file.write(text)
+
+    write_file(path, write)
+
+
+def read_csv(path):
+    """The curves {(arm, clip): [point, ...]}, each from the original CLIP on."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} not found: run the grid, or name its ablation.csv")
+    curves = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            for name in NUMBERS:
+                row[name] = float(row[name] or "nan")
+            key = row["arm"], row["clip"]
+            if key not in curves:
+                curves[key] = list(curves.get(("original", row["clip"]), []))
+            curves[key].append(row)
+    return {key: curve for key, curve in curves.items() if key[0] != "original"}
+
+
+# ---- The statistics ------------------------------------------------------------------------------
+
+
+def gain(curve, outcome, low=LOW):
+    """What a curve gains by its end, or on average over the retentions from `low` to HIGH.
+
+    NaN if the curve ends above `low`.
+    """
+    measure = outcome.split()[0]
+    gains = [point[measure] - curve[0][measure] for point in curve]
+    if outcome.endswith("the end"):
+        return gains[-1]
+    kept = np.minimum.accumulate(retention(curve))
+    wanted = np.linspace(low, HIGH, 101)
+    gains = np.interp(wanted, kept[::-1], gains[::-1], left=math.nan)
+    return float(np.trapezoid(gains, wanted)) / (HIGH - low)
+
+
+def retention(curve):
+    """The share of its zero-shot accuracy that CLIP keeps, at each point."""
+    return [point["zeroshot"] / curve[0]["zeroshot"] for point in curve]
 
 
 def residual(values):
-    """Randomised blocks: the standard deviation of what neither the arm nor the CLIP explains of {(arm, clip): value}, and its degrees of freedom.
+    """Randomised blocks: the standard deviation of what neither arm nor CLIP explains.
 
-    The least-squares fit of value = the arm's + the CLIP's; NaNs are left out. (NaN, 0) where nothing is left to judge by.
+    values: {(arm, clip): number}, of which NaNs are left out. Returns it and its degrees of
+    freedom.
     """
     values = {key: value for key, value in values.items() if not math.isnan(value)}
-    columns = [sorted({key[k] for key in values}) for k in (0, 1)]
-    design = np.array([[float(part == level) for part, levels in zip(key, columns) for level in levels] for key in values])
     if not values:
         return math.nan, 0
+    effects = sorted({effect for key in values for effect in enumerate(key)})
+    design = np.zeros((len(values), len(effects)))
+    for row, key in enumerate(values):
+        for effect in enumerate(key):
+            design[row, effects.index(effect)] = 1
     seen = np.array(list(values.values()))
-    solution, _, rank, _ = np.linalg.lstsq(design, seen, rcond=None)
-    dof = len(seen) - int(rank)
-    return (float(np.linalg.norm(seen - design @ solution)) / dof ** 0.5, dof) if dof else (math.nan, 0)
+    solution = np.linalg.lstsq(design, seen)[0]
+    freedom = len(seen) - int(np.linalg.matrix_rank(design))
+    if freedom == 0:
+        return math.nan, 0
+    rest = np.linalg.norm(seen - design @ solution)
+    return float(rest) / math.sqrt(freedom), freedom
 
 
-def interval(values, noise=None):
-    """Mean and half-width of the 95 % interval over CLIPs, and both in words; values that are NaN are left out, and counted.
+def noise(curves, family, outcome):
+    """The residual of the gains of a family's arms."""
+    values = {}
+    for (name, clip), curve in curves.items():
+        if ARMS[name].family == family and name not in APART:
+            values[name, clip] = gain(curve, outcome)
+    return residual(values)
 
-    By the values' own spread (three or more), or, for differences of two arms, by `noise`, what `residual` says of all arms (two or more).
+
+@lru_cache
+def student(freedom):
+    """Values of |t| and their two-sided p: t = sqrt(freedom) tan(a), a has cos^(freedom - 1)."""
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    below = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return math.sqrt(freedom) * np.tan(angles), 1 - below / below[-1]
+
+
+def half_width(error, freedom):
+    """Half of Student's 95 % interval; NaN without degrees of freedom."""
+    if freedom == 0:
+        return math.nan
+    t, p = student(freedom)
+    return error * float(np.interp(0.05, p[::-1], t[::-1]))
+
+
+@dataclass
+class Difference:
+    """What an arm gains more than its reference."""
+
+    mean: float    # over CLIPs
+    error: float   # its standard error
+    freedom: int   # the degrees of freedom
+    clips: int     # how many
+    effect: float  # P, the paper's: a share of what the reference gains here
+
+    @property
+    def half(self):
+        return half_width(self.error, self.freedom)
+
+    def p(self, value):
+        """The two-sided p of a true difference of `value`."""
+        t = abs(self.mean - value) / self.error
+        return float(np.interp(t, *student(self.freedom)))
+
+
+def compare(curves, arm, outcome):
+    """The Difference of an arm from its reference on the same CLIPs; None if it cannot be told.
+
+    The noise is that of all arms of the family. Where the reference is of the other family, it is
+    the differences' own, since a CLIP may take to one denoiser more than to the other.
     """
-    asked, values = len(values), [value for value in values if not math.isnan(value)]
-    if not values:
-        return math.nan, math.nan, "not reached"
-    n, mean, half, of = len(values), float(np.mean(values)), math.nan, f" ({len(values)} of {asked})" if len(values) < asked else ""
-    if noise and noise[1] and n > 1:
-        half = t95(noise[1]) * noise[0] * (2 / n) ** 0.5
-    elif not noise and n > 2:
-        half = t95(n - 1) * float(np.std(values, ddof=1)) / n ** 0.5
-    return mean, half, f"{mean:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}") + of
+    names = (arm.name, arm.reference)
+    clips = [clip for clip in arm.clips if all((name, clip) in curves for name in names)]
+    own = [curves[arm.name, clip] for clip in clips]
+    other = [curves[arm.reference, clip] for clip in clips]
+    low = max([LOW, *[min(retention(curve)) for curve in own + other]])
+    if not clips or (outcome.endswith("retention") and low > NARROWEST):
+        return None
+    other = np.array([gain(curve, outcome, low) for curve in other])
+    differences = np.array([gain(curve, outcome, low) for curve in own]) - other
+    if arm.family == ARMS[arm.reference].family:
+        deviation, freedom = noise(curves, arm.family, outcome)
+        deviation *= math.sqrt(2)  # that of an arm and that of its reference
+    else:
+        freedom = len(clips) - 1
+        deviation = np.std(differences, ddof=1) if freedom else math.nan
+    error = deviation / math.sqrt(len(clips))
+    effect = arm.share * other.mean()
+    return Difference(differences.mean(), error, freedom, len(clips), effect)
 
 
-def verdict(mean, half, expected):
-    """Whether a difference is as the paper's: lower (-1), higher (1), about the same (0) or not higher ("<=")."""
-    if math.isnan(half):
-        return "undecided (too few CLIPs)"
-    low, high = mean - half, mean + half
-    right, wrong = {-1: (high < 0, low > 0), 1: (low > 0, high < 0), 0: (-MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN),
-                    "<=": (high < MARGIN, low > MARGIN)}[expected]
-    return "reproduces" if right else "does not" if wrong else "undecided"
+def judge(expected, low, high, effect):
+    """The verdict on a claim, and the value that it rules out, the nearest if there are two.
+
+    low, high: the interval of the difference, positive where it goes the paper's way. effect: P,
+    or NaN where the paper gives no number. Comparisons with NaN are false.
+    """
+    side = math.copysign(1, low + high)
+    enough = 1 if math.isnan(effect) else effect / 2
+    nearest = 0 if low + high < enough else enough
+    rules = {
+        AS_WELL: [
+            (low > -1 and high < 1, "reproduces", side),
+            (low > 1 or high < -1, "excluded", side),
+        ],
+        NO_BETTER: [
+            (high < 1, "reproduces", 1),
+            (low > 0, "opposite", 0),
+        ],
+    }
+    worse_or_better = [
+        (high < 0, "opposite", 0),
+        (low > 0 and high < effect / 2, "smaller than the paper's", nearest),
+        (low > 0, "reproduces", 0),
+        (high < enough, "excluded", enough),
+    ]
+    for holds, verdict, bound in rules.get(expected, worse_or_better):
+        if holds:
+            return verdict, bound
+    return "cannot tell", math.nan
 
 
-def report(chosen, out):
-    """Print the tables of the chosen cells {(arm, clip): cell}, and draw them."""
-    curves = {key: run["curve"] for key, run in chosen.items() if key[1] != "full"}
-    arms, clips = list(dict.fromkeys(arm for arm, _ in curves)), lambda arm: [clip for a, clip in curves if a == arm]
-    gained = [{key: at_step(c)["test"]["pairs"] - c[0]["test"]["pairs"] for key, c in curves.items()}]
-    gained += [{key: at_retention(c, r) - c[0]["test"]["pairs"] for key, c in curves.items()} for r in RETENTIONS]
-    dev = {key: at_retention(c, .97, "dev") - c[0]["dev"]["pairs"] for key, c in curves.items()}
-    print(f"\n| arm | LoRA's rate | CLIPs | zero-shot change after {STEPS} steps | held-out loss | pairs gained | at retention .98 | .97 | .95 |\n|" + "---|" * 9)
-    for arm in arms:
-        own = [curves[arm, clip] for clip in clips(arm)]
-        rate = chosen[arm, clips(arm)[0]]["rate"]
-        print(f"| {arm} | {rate:g}{', an edge' if rate in (rates_of(arm)[0], rates_of(arm)[-1]) and arm != CONTROL else ''} | {', '.join(clips(arm))} | {np.mean([at_step(c)['test']['zeroshot'] - c[0]['test']['zeroshot'] for c in own]):+.1f} | "
-              f"{np.mean([at_step(c)['heldout'] for c in own]):.3f} | " + " | ".join(interval([column[arm, clip] for clip in clips(arm)])[2] for column in gained) + " |")
-    noise = [residual({key: value for key, value in column.items() if key[0] != CONTROL}) for column in gained]
-    print(f"\nStandard deviation of what neither arm nor CLIP explains (without the control) after {STEPS} steps, at retention .98, .97, .95: "
-          + ", ".join(f"{sd:.2f} ({dof} degrees of freedom)" for sd, dof in noise))
-    print(f"\n| the paper's claim | the paper | here, at retention .97 | .97, on dev | .98 | .95 | after {STEPS} steps | CLIPs | verdict | `python toy/ablate.py --arms` |\n|" + "---|" * 10)
-    for arm, reference, claim, paper, expected in CLAIMS:
-        both = [clip for clip in clips(arm) if (reference, clip) in curves]
-        after, high, equal, low = [interval([column[arm, clip] - column[reference, clip] for clip in both], of) for column, of in zip(gained, noise)]
-        judged, where = (after, f" (after {STEPS} steps)") if math.isnan(equal[0]) else (equal, "")
-        print(f"| {claim} | {paper} | " + (f"{equal[2]} | {interval([dev[arm, clip] - dev[reference, clip] for clip in both], (math.nan, 0))[2]} | {high[2]} | {low[2]} | {after[2]} | {len(both)} | {verdict(*judged[:2], expected)}{where}" if both else "not run | | | | | |")
-              + f" | `{quoted(reference)} {quoted(arm)}` |")
-    for arm in [arm for arm in ("rf", "perceiver") if arm in arms]:
-        print(f"\n| {arm}, steps of stage 2 | held-out loss | pairs gained | zero-shot change |\n|" + "---|" * 4)
-        for points in zip(*(curves[arm, clip][1:] for clip in clips(arm))):
-            changes = [[point["test"][key] - curve[0]["test"][key] for point, clip in zip(points, clips(arm)) for curve in [curves[arm, clip]]] for key in ("pairs", "zeroshot")]
-            print(f"| {points[0]['step']} | {np.mean([point['heldout'] for point in points]):.3f} | " + " | ".join(interval(values)[2] for values in changes) + " |")
-    changes = []
-    for run in (run for (arm, _), run in chosen.items() if arm == "rf"):
-        (before, after), probe = (point["test"] for point in (run["curve"][0], at_step(run["curve"]))), run["probe"]
-        print(f"\nCLIP {run['clip']}, rf: zero-shot {before['zeroshot']:.1f} -> {after['zeroshot']:.1f}\n| pattern | pairs before | after | linear probe before | after |\n|" + "---|" * 5)
-        for (pattern, old), attribute in zip(before["patterns"].items(), VALUES):
-            new = after["patterns"][pattern]
-            print(f"| {pattern} | {old:.0f} | {new:.0f} | {probe['before'][attribute]:.1f} | {probe['after'][attribute]:.1f} |")
-            if run["clip"] != "full":
-                changes.append((new - old, probe["after"][attribute] - probe["before"][attribute]))
-    if changes:
-        print(f"\nCorrelation of the pairs' change with the probe's, over {len(changes)} patterns of {len(clips('rf'))} CLIPs: {np.corrcoef(np.transpose(changes))[0, 1]:.2f}")
-    draw({arm: [curves[arm, clip] for clip in clips(arm)] for arm in arms if arm in (*KEY, CONTROL)}, os.path.join(out, "ablation.svg"))
+def holm(p):
+    """Which of {name: p} survive Holm's correction at 5 %."""
+    survivors = set()
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        if p[name] > 0.05 / (len(p) - rank):
+            break
+        survivors.add(name)
+    return survivors
 
 
-def write_curves(out):
-    """out/ablation.csv: every run's curve, those of the rates that were not chosen too; pairs and zero-shot in percent, then pairs by attribute."""
-    with open(os.path.join(out, "ablation.csv"), "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["arm", "clip", "rate", "step", "heldout", *(f"{part} {name}" for part in ("dev", "test") for name in ("pairs", "zeroshot", *VALUES))])
-        for arm in ARMS:
-            for run in filter(None, (finished(out, clip, arm, rate) for clip in [*CLIPS, "full"] for rate in rates_of(arm))):
-                for point in run["curve"]:
-                    numbers = [x for part in (point["dev"], point["test"]) for x in (part["pairs"], part["zeroshot"], *part["patterns"].values())]
-                    writer.writerow([arm, run["clip"], f"{run['rate']:g}", point["step"], point.get("heldout", ""), *(f"{x:.4g}" for x in numbers)])
+# ---- The tables and the figure -------------------------------------------------------------------
 
 
-COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
+def report(path):
+    """Print the tables of a csv, and draw ablation.svg beside it."""
+    curves = read_csv(path)
+    print_gains(curves)
+    print_claims(curves)
+    print_attributes(curves)
+    picture = os.path.join(os.path.dirname(path), "ablation.svg")
+    draw(curves, picture)
+    print(f"\nThe figure is {picture}")
+
+
+def print_table(columns, rows):
+    print()
+    for row in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+def find(curves, name):
+    """The curves of an arm, one for each CLIP."""
+    return [curve for key, curve in curves.items() if key[0] == name]
+
+
+def print_gains(curves):
+    """What each arm gains, the mean over its CLIPs."""
+    rows = []
+    for name in ARMS:
+        own = find(curves, name)
+        if own:
+            last = own[0][-1]
+            heldout = np.mean([curve[-1]["heldout"] for curve in own])
+            row = [name, str(len(own)), last["rate"], last["precision"], f"{heldout:.3f}"]
+            for outcome in OUTCOMES:
+                mean = np.mean([gain(curve, outcome) for curve in own])
+                row.append("not reached" if math.isnan(mean) else f"{mean:+.2f}")
+            rows.append(row)
+    columns = ["arm: its gain", "CLIPs", "rate", "precision", "held-out loss", *OUTCOMES]
+    print_table(columns, rows)
+
+
+def print_claims(curves):
+    """The differences from the references with their intervals, and the verdicts."""
+    rows, p = {}, {}
+    for arm in ARMS.values():
+        found = {outcome: compare(curves, arm, outcome) for outcome in OUTCOMES}
+        if not arm.paper or not found[AFTER]:
+            continue
+        deciding = arm.primary if found[arm.primary] else AFTER
+        row = [arm.name, f"{arm.paper}: {arm.expected or 'shown only'}"]
+        for outcome, x in found.items():
+            words = f"{x.mean:+.2f} ± {x.half:.2f}" if x else "not reached"
+            words = words.removesuffix(" ± nan")  # for want of CLIPs
+            row.append(f"**{words}**" if outcome == deciding else words)
+        x = found[deciding]
+        sign = -1 if arm.expected == WORSE else 1
+        low, high = sorted([sign * (x.mean - x.half), sign * (x.mean + x.half)])
+        verdict, bound = judge(arm.expected, low, high, x.effect)
+        if arm.expected:
+            p[arm.name] = 1.0 if math.isnan(bound) else x.p(sign * bound)
+        effect = "" if math.isnan(x.effect) else f"{x.effect:.2f}"
+        rows[arm.name] = [*row, str(x.clips), effect, verdict if arm.expected else ""]
+    for name in holm(p):
+        rows[name][-1] += " *"
+    columns = ["arm: difference from its reference", "the paper", *OUTCOMES]
+    print_table([*columns, "CLIPs", "P", "verdict"], rows.values())
+    decided = sum(value < 1 for value in p.values())
+    print(f"\n{decided} of {len(p)} claims are decided, by what is in bold type; those with * "
+          f"survive Holm's correction. By chance {len(p) / 20:.1f} intervals miss the truth.")
+
+
+def print_attributes(curves):
+    """Pairs, and a linear probe on [CLS], by attribute: before and after, means over CLIPs."""
+    for name in ("rf", "all captions"):
+        own = find(curves, name)
+        rows = []
+        for attribute in VALUES if own else ():
+            row = [attribute]
+            for measure in (attribute, f"probe {attribute}"):
+                for end in (0, -1):
+                    row.append(f"{np.mean([curve[end][measure] for curve in own]):.1f}")
+            rows.append(row)
+        print_table([name, "pairs before", "after", "probe before", "after"], rows)
+
+
+COLOURS = {  # in the figure, on its own white page
+    "rf": "#0550ae",
+    "perceiver": "#6639ba",
+    "local .5": "#b3141f",
+    "end to end": "#8a4600",
+    "uniform t": "#116329",
+    "direct": "#24292f",
+}
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 440" \
+font-family="Helvetica, Arial, sans-serif" font-size="14">
+<style>text {{fill: #24292f}} path {{fill: none; stroke: #c8d1da}} g path {{stroke-width: 2.5}}
+.x text {{text-anchor: middle}} .y text {{text-anchor: end}}</style>
+<rect width="740" height="440" rx="8" fill="#ffffff"/>
+<rect x="{band}" y="50" width="{width}" height="330" fill="#e3ebf5"/>
+<text x="{band}" y="44">compared from 99 to 97 %</text>
+<text x="14" y="22">points of pair accuracy gained along stage 2, with 95 % intervals</text>
+<text x="305" y="428" text-anchor="middle">zero-shot accuracy kept, % of the original's</text>
+<text x="565" y="44">arm (number of CLIPs)</text>
+{body}
+</svg>
+"""
+
+
+def trace(curves, name):
+    """An arm's curve in the figure: of each point, % kept, points gained, half of its interval."""
+    points = []
+    for length in range(1, 1 + len(find(curves, name)[0])):
+        begun = {key: curve[:length] for key, curve in curves.items()}
+        own = find(begun, name)
+        kept = 100 * np.mean([retention(curve)[-1] for curve in own])
+        gained = np.mean([gain(curve, AFTER) for curve in own])
+        deviation, freedom = noise(begun, ARMS[name].family, AFTER)
+        half = half_width(deviation / math.sqrt(len(own)), freedom)
+        points.append((kept, gained, np.nan_to_num(half)))
+    return points
 
 
 def draw(curves, path):
-    """An SVG of pair accuracy gained against retention, a curve per arm, the mean over its CLIPs, readable on light and dark."""
-    lines = {arm: [(np.mean([c[i]["test"]["zeroshot"] / c[0]["test"]["zeroshot"] for c in runs]), np.mean([c[i]["test"]["pairs"] - c[0]["test"]["pairs"] for c in runs]))
-                   for i in range(min(map(len, runs)))] for arm, runs in curves.items()}
-    x = lambda r: 60 + (1.003 - r) / 0.103 * 460
-    y = lambda a: 330 - (a + 2) / 16 * 300
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" font-family="sans-serif" font-size="13">',
-             '<clipPath id="chart"><rect x="60" y="30" width="460" height="300"/></clipPath>',
-             "<style>text{fill:#768390}.axis{stroke:#768390}</style>"]  # a grey for light pages and dark ones
-    for r in (1, .98, .97, .95, .9):
-        parts.append(f'<line class="axis" x1="{x(r):.1f}" x2="{x(r):.1f}" y1="30" y2="330" stroke-opacity=".3"/><text x="{x(r):.1f}" y="348" text-anchor="middle">{r:g}</text>')
-    for a in range(-2, 15, 2):
-        parts.append(f'<line class="axis" x1="60" x2="520" y1="{y(a):.1f}" y2="{y(a):.1f}" stroke-opacity="{.9 if a == 0 else .3}"/><text x="52" y="{y(a) + 4:.1f}" text-anchor="end">{a:+d}</text>')
-    parts.append('<text x="290" y="375" text-anchor="middle">zero-shot accuracy kept, of 1 before stage 2</text><text x="60" y="18">points of pair accuracy gained, along stage 2 (mean over how many CLIPs)</text>')
-    for k, (arm, points) in enumerate(lines.items()):
-        path_of = " ".join(f"{x(r):.1f},{y(a):.1f}" for r, a in points)
-        parts.append(f'<polyline points="{path_of}" fill="none" stroke="{COLOURS[k]}" stroke-width="2.5" clip-path="url(#chart)"/>')
-        parts += [f'<circle clip-path="url(#chart)" cx="{x(r):.1f}" cy="{y(a):.1f}" r="3" fill="{COLOURS[k]}"/>' for r, a in points]
-        parts.append(f'<line x1="540" x2="565" y1="{50 + 22 * k}" y2="{50 + 22 * k}" stroke="{COLOURS[k]}" stroke-width="3"/><text x="572" y="{54 + 22 * k}">{arm} ({len(curves[arm])})</text>')
-    with open(path, "w") as file:
-        file.write("\n".join([*parts, "</svg>"]) + "\n")
+    """Draw the pairs gained against the zero-shot accuracy kept, along stage 2, as an SVG."""
+    lines = {name: trace(curves, name) for name in COLOURS if find(curves, name)}
+    points = [point for line in lines.values() for point in line]
+    least = min([95, *[kept for kept, _, _ in points]]) - 0.5
+    bottom = math.floor(min([0, *[gained - half for _, gained, half in points]]))
+    top = math.ceil(max([1, *[gained + half for _, gained, half in points]]))
+
+    def x(kept):
+        return round(60 + 490 * (100.5 - kept) / (100.5 - least), 1)
+
+    def y(gained):
+        return round(380 - 325 * (gained - bottom) / (top - bottom), 1)
+
+    body = []
+    for tick in (100, 97, *range(95, math.ceil(least) - 1, -5)):
+        body.append(f'<path d="M{x(tick)} 50V385"/>')
+        body.append(f'<g class="x"><text x="{x(tick)}" y="402">{tick}</text></g>')
+    for tick in range(bottom + bottom % 2, top + 1, 2):
+        body.append(f'<path d="M60 {y(tick)}H550"/>')
+        body.append(f'<g class="y"><text x="52" y="{y(tick) + 5}">{tick:+d}</text></g>')
+    for row, (name, line) in enumerate(lines.items()):
+        height = 70 + 24 * row
+        outline = "L".join(f"{x(kept)} {y(gained)}" for kept, gained, _ in line)
+        bars = [f"M{x(kept)} {y(gained - half)}V{y(gained + half)}" for kept, gained, half in line]
+        body.append(f'<g><path d="M{outline}{"".join(bars)}M565 {height}H590" '
+                    f'style="stroke: {COLOURS[name]}"/></g>')
+        body.append(f'<text x="597" y="{height + 5}">{name} ({len(find(curves, name))})</text>')
+    width = round(x(97) - x(99), 1)
+    svg = SVG.format(band=x(99), width=width, body="\n".join(body))
+
+    write_text(path, svg)
 
 
-def choose(out, clips, arm):
-    """The best rate of an arm on dev with the first CLIP, the control's being its reference's; and its cells {(arm, clip): content}, as far as they have run."""
-    cells = {(clip, rate): content for clip in clips for rate in rates_of(arm) if (content := finished(out, clip, arm, rate))}
-
-    def merit(rate):
-        value = at_retention(cells[clips[0], rate]["curve"], .97, "dev")
-        return cells[clips[0], rate]["curve"][-1]["dev"]["pairs"] if math.isnan(value) else value  # never as low: at least this
-
-    best = choose(out, clips, "rf")[0] if arm == CONTROL else max((rate for clip, rate in cells if clip == clips[0]), key=merit, default=None)
-    return best, {(arm, clip): content for (clip, rate), content in cells.items() if rate == best}
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def rates_of(arm):
-    return DIRECT_RATES if arm == "direct" else RATES
+def read_command_line(argv):
+    parser = Parser(prog="ablate.py", description=__doc__,
+                    formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small grid")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM",
+                        help=f"these, and their references: {'; '.join(ARMS)}")
+    parser.add_argument("--report", nargs="?", const=f"{HERE}/ablation.csv", metavar="CSV",
+                        help="run nothing: show what is in a csv (toy/ablation.csv)")
+    parser.add_argument("--out", default="runs/ablation",
+                        help="where the grid goes, into full/ or quick/ (%(default)s)")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=os.cpu_count(),
+                        metavar="N", help="runs at a time, one core each (all cores)")
+    return parser.parse_args(argv)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"the first CLIP, one rate: {', '.join(QUICK)}")
-    parser.add_argument("--report", action="store_true", help="only show what has run")
-    parser.add_argument("--visible", metavar="RUN", help="a finished train.py --preset toy: what its reconstructions show, into a table and RUN/visible.png")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="which")
-    parser.add_argument("--clips", nargs="+", choices=CLIPS, default=CLIPS[:3], metavar="SEED", help="of make_toy.py clip; 0: the committed one")
-    parser.add_argument("--out", default="runs/ablation", help="the folder of the runs")
-    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N", help="runs at a time, one core each")
-    args = parser.parse_args()
-    out, arms, clips = os.path.abspath(args.out), *(list(dict.fromkeys(some)) for some in (QUICK if args.quick else args.arms, args.clips[:1] if args.quick else args.clips))
-    if args.visible:
-        if not checkpoints(os.path.join(args.visible, "stage2")) or not os.path.isfile(os.path.join(args.visible, "stage1", "last.safetensors")):
-            sys.exit(print(f"ablate.py: no finished stage 2 in {args.visible}: run train.py --preset toy --out {args.visible} first", file=sys.stderr) or 2)
-        return visible(args.visible, os.path.join(args.visible, "visible.png"))
-    failures = []
-    if args.report and not os.path.isdir(out):
-        sys.exit(print(f"ablate.py: nothing has run in {out}: leave --report out, or name the runs' folder with --out", file=sys.stderr) or 2)
-    if not args.report:
-        os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, "lock"), "w")  # a killed grid's jobs hold it for a second or two more
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            sys.exit(print(f"ablate.py: another grid works in {out}: wait for it, or choose another --out", file=sys.stderr) or 2)
-        draw_world(os.path.join(HERE, "data"))
-        if not os.path.isdir(f"{out}/world"):
-            shutil.rmtree(f"{out}/world.part", ignore_errors=True)
-            for part in (write_benchmark(f"{out}/world.part/mmvp", FINAL), write_classes(f"{out}/world.part/zeroshot", FINAL_CLASSES)):
-                for _ in tqdm(part, "drawing what is measured on"):
-                    pass
-            os.replace(f"{out}/world.part", f"{out}/world")
-        with ProcessPoolExecutor(args.jobs, initializer=end_with, initargs=(os.getpid(),)) as pool:
-            def run(what, calls):  # (function, its arguments)
-                for future in tqdm([pool.submit(function, out, *arguments) for function, *arguments in calls], what):
-                    try:
-                        future.result()
-                    except (RuntimeError, OSError, UserError) as error:
-                        failures.append(str(error))
-                    except KeyboardInterrupt:
-                        print("ablate.py: stopped; the same command goes on", file=sys.stderr, flush=True)
-                        os._exit(130)  # the workers and their jobs follow
+def run(argv):
+    args = read_command_line(argv)
+    if args.report:
+        return report(args.report)
+    plan = QUICK if args.quick else FULL
+    if args.arms:
+        references = [ARMS[name].reference for name in args.arms]
+        plan = plan | {"arms": tuple(dict.fromkeys(references + args.arms))}
+    out = os.path.abspath(os.path.join(args.out, "quick" if args.quick else "full"))
+    os.makedirs(out, exist_ok=True)
+    lock = open(f"{out}/.lock", "w")  # noqa: SIM115 (held while this process or its runs live)
+    os.set_inheritable(lock.fileno(), True)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{out} is in use by another grid, or by the last runs of a killed one: "
+                        "wait for them, or choose another --out") from None
+    run_grid(out, plan, args.jobs)
+    report(f"{out}/ablation.csv")
 
-            def stages(some):  # stage 1 for each distinct set of its flags
-                return [(stage1, *call) for call in {(clip, *ARMS[arm][:2]): (clip, arm) for clip, arm in some if ARMS[arm][1] is not None}.values()]
 
-            full = ["full"] if "rf" in arms and not args.quick else []
-            run("the first CLIP", [(prepare, clips[0])])
-            run("the other CLIPs, and stage 1 of the first", [*((prepare, clip) for clip in [*clips[1:], *full]), *stages([(clips[0], arm) for arm in arms])])
-            run("stage 2 of the first", [(cell, clips[0], arm, rate) for arm in arms for rate in (rates_of(arm)[1:2] if args.quick else rates_of(arm))])
-            best = {arm: choose(out, clips, arm)[0] for arm in arms}
-            more = [(clip, arm) for k, clip in enumerate(clips[1:]) for arm in arms if best[arm] and (arm in KEY or k == 0)] + [(clip, "rf") for clip in full if best["rf"]]
-            run("stage 1 of the others", stages(more))
-            run("stage 2 of the others", [(cell, clip, arm, best[arm]) for clip, arm in more])
-    write_curves(out)
-    report({key: content for arm in ARMS for key, content in choose(out, [*clips, "full"], arm)[1].items()}, out)
-    if failures:
-        sys.exit(print(*(f"ablate.py: {failure}" for failure in failures), sep="\n", file=sys.stderr) or 1)
+def main(argv=None):
+    try:
+        run_command("ablate.py", run, argv)
+    except KeyboardInterrupt:
+        print("\nablate.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, OSError, UserError) as error:
-        sys.exit(print(f"ablate.py: {error}", file=sys.stderr) or 2)
+    main()
