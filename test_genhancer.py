@@ -22,12 +22,14 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 import types
 import weakref
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from xml.etree import ElementTree
 
 import numpy as np
 import open_clip
@@ -39,13 +41,17 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_mmvp
 import genhancer as gh
+import toy.ablate as ablate
 import toy.make_toy as make_toy
 import train
 import vae as vae_file
 import vqgan as vqgan_file
+from genhancer import load_clip
 from vae import AutoEncoder, AutoEncoderConfig, UserError, load_vae
 
 HERE = os.path.dirname(os.path.abspath(gh.__file__))
@@ -4744,6 +4750,125 @@ def test_an_interruption_is_one_line(capsys):
     assert capsys.readouterr().err == "eval_mmvp.py: interrupted\n"
 
 
+# ------------------------------------------------------------------- no wait for the device
+
+TORCH = os.path.dirname(torch.__file__)
+READS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+SIZED_BY_VALUES = {  # operators whose results have a size that only the values tell
+    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+}
+ASKS = {"_local_scalar_dense", "equal", "is_nonzero"}  # item, int, float, bool, torch.equal
+
+
+class Operators(TorchDispatchMode):
+    """Notes operators that would wait for a GPU. What they read of `host` lies on the CPU there."""
+
+    def __init__(self, waits, host):
+        super().__init__()
+        self.waits = waits
+        self.host = host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ASKS or (name in SIZED_BY_VALUES and not self.is_host(args[0])):
+            self.waits.append(name)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype == torch.bool for index in indices):
+                self.waits.append(f"{name} by a mask")
+        if name == "lift_fresh":
+            self.waits.append("a tensor of Python's numbers")
+        return func(*args, **(kwargs or {}))
+
+    def is_host(self, tensor):
+        pointers = [mask.untyped_storage().data_ptr() for mask in self.host]
+        return tensor.untyped_storage().data_ptr() in pointers
+
+
+class Calls(TorchFunctionMode):
+    """Notes copies from and to the host that would wait, which on a CPU are no operators."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        ours = not sys._getframe(1).f_code.co_filename.startswith(TORCH)
+        if func in READS:
+            self.waits.append(func.__name__)
+        copies = func is torch.Tensor.to and names_a_device(args[1:], kwargs)
+        if copies and ours and not kwargs.get("non_blocking"):
+            self.waits.append("to(device)")
+        return func(*args, **kwargs)
+
+
+def names_a_device(args, kwargs):
+    places = [*args, kwargs.get("device"), kwargs.get("other")]
+    return any(isinstance(place, (torch.device, str, torch.Tensor)) for place in places)
+
+
+class Watched(Exception):
+    """Ends the run after the step."""
+
+
+def waits_of_a_step(world, out, monkeypatch, *more):
+    """Train for one step and list all by which the loop, from its images on, would wait."""
+    waits, host = [], []
+    load_batches, sample_masks = train.load_batches, gh.sample_masks
+    watching = ExitStack()
+
+    def load_then_watch(*args):
+        batches = list(load_batches(*args))
+        watching.enter_context(Calls(waits))
+        watching.enter_context(Operators(waits, host))
+        return iter(batches)
+
+    def stop_watching(*args):  # the loop asks what is due after the optimizer's step
+        watching.close()
+        raise Watched
+
+    def sample_on_the_host(*args, device=None):
+        mask = sample_masks(*args, device=device)
+        if device is None:
+            host.append(mask)
+        return mask
+
+    monkeypatch.setattr(train, "load_batches", load_then_watch)
+    monkeypatch.setattr(train, "is_due", stop_watching)
+    monkeypatch.setattr(gh, "sample_masks", sample_on_the_host)
+    with pytest.raises(Watched):
+        train.run(arguments(world, out, *more))
+    return waits
+
+
+@pytest.mark.parametrize("denoiser", ["rf", "perceiver"])
+@pytest.mark.parametrize("stage", [1, "e2e"])  # the latter is stage 2 without a stage 1 before it
+@pytest.mark.parametrize("more", [[], ["--local-ratio", 0.5, "--shuffle-target"]])
+def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, denoiser, stage, more):
+    options = ("--denoiser", denoiser, "--stage", stage, *more)
+    assert waits_of_a_step(world, tmp_path, monkeypatch, *options) == []
+
+
+@pytest.mark.parametrize("wait", [
+    lambda losses: losses.mean().item(),
+    lambda losses: losses.tolist(),
+    lambda losses: losses[losses > 0],
+    lambda losses: losses.nonzero(),
+    lambda losses: losses.to("cpu"),
+    lambda losses: torch.tensor([1.0]),
+])
+def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
+    add = train.Log.add
+
+    def wait_and_add(log, losses, levels, skipped):
+        wait(losses)
+        add(log, losses, levels, skipped)
+
+    monkeypatch.setattr(train.Log, "add", wait_and_add)
+    assert waits_of_a_step(world, tmp_path, monkeypatch, "--stage", 1)
+
+
 MAKE_TOY = os.path.join(HERE, "toy", "make_toy.py")
 TINY_WORLD = dict(train=5, held_out=3, pairs=1, images=4)
 
@@ -4961,3 +5086,441 @@ def test_make_toy_writes_autoencoders_that_load(what, load, tmp_path, monkeypatc
     make_toy.main([what, "--steps", "2", "--out", str(tmp_path)])
     assert os.listdir(tmp_path) == [f"{what}.safetensors"]
     load(tmp_path / f"{what}.safetensors")
+
+
+def point(zeroshot, pairs, **more):
+    return {"zeroshot": zeroshot, "pairs": pairs, "margin": pairs / 10} | more
+
+
+# Retentions 1, .985, .96 and .975; pairs +0, +3, +8 and +9.
+CURVE = [point(80, 50), point(78.8, 53), point(76.8, 58), point(78, 59)]
+
+
+def test_gain_at_the_end_is_the_last_point_against_the_first():
+    assert ablate.gain(CURVE, ablate.AFTER) == 9
+    assert ablate.gain(CURVE, ablate.KEPT) == -2
+    assert ablate.gain(CURVE, "margin at the end") == pytest.approx(0.9)
+
+
+def test_gain_at_equal_retention_is_the_area_under_the_curve():
+    # Piecewise linear: +2 at .99, +3 at .985, +6 at .97. A later rise of the retention is ignored.
+    area = 0.005 * (2 + 3) / 2 + 0.015 * (3 + 6) / 2
+    assert ablate.gain(CURVE, ablate.EQUAL) == pytest.approx(area / 0.02, abs=1e-9)
+    assert ablate.gain(CURVE, ablate.EQUAL, low=0.985) == pytest.approx(2.5, abs=1e-9)
+
+
+def test_gain_at_equal_retention_is_unknown_where_the_curve_ends_above():
+    assert math.isnan(ablate.gain(CURVE[:2], ablate.EQUAL))
+    assert math.isfinite(ablate.gain(CURVE[:2], ablate.EQUAL, low=0.985))
+
+
+def test_residual_is_what_neither_arm_nor_clip_explains():
+    table = np.random.default_rng(0).normal(size=(5, 3))
+    values = {}
+    for (i, j), number in np.ndenumerate(table):
+        values[f"arm {i}", f"clip {j}"] = number + 10 * i + 100 * j
+    deviation, freedom = ablate.residual(values)
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    assert freedom == 8
+    assert deviation == pytest.approx(math.sqrt((rest**2).sum() / 8))
+
+
+def test_residual_leaves_out_what_is_unknown():
+    values = {("a", "0"): 1.0, ("a", "1"): 2.0, ("b", "0"): 4.0, ("b", "1"): math.nan}
+    assert ablate.residual(values)[1] == 0
+    assert ablate.residual({})[1] == 0
+
+
+def test_residual_of_two_arms_is_that_of_their_paired_differences():
+    first, second = np.random.default_rng(1).normal(size=(2, 6))
+    values = {("a", str(i)): x for i, x in enumerate(first)}
+    values |= {("b", str(i)): x for i, x in enumerate(second)}
+    deviation, freedom = ablate.residual(values)
+    assert freedom == 5
+    assert deviation * math.sqrt(2) == pytest.approx(np.std(first - second, ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042)])
+def test_intervals_are_students(freedom, t):
+    assert ablate.half_width(2.0, freedom) == pytest.approx(2 * t, rel=3e-4)
+    x = ablate.Difference(mean=1 + t, error=1.0, freedom=freedom, clips=3, effect=0.0)
+    assert x.p(1) == pytest.approx(0.05, rel=2e-3)
+
+
+def test_p_is_students_far_out_too():
+    x = ablate.Difference(mean=4.0, error=1.0, freedom=2, clips=3, effect=0.0)
+    assert x.p(0) == pytest.approx(1 - 4 / math.sqrt(2 + 16), rel=1e-3)  # the closed form of 2
+    x = ablate.Difference(mean=-4.0, error=1.0, freedom=1, clips=3, effect=0.0)
+    assert x.p(0) == pytest.approx(1 - 2 * math.atan(4) / math.pi, rel=1e-3)  # Cauchy's
+
+
+def test_there_is_no_interval_without_degrees_of_freedom():
+    assert math.isnan(ablate.half_width(1.0, 0))
+
+
+NONE = math.nan
+VERDICTS = [
+    (ablate.WORSE, 0.1, 1.1, 2.0, "reproduces", 0),
+    (ablate.WORSE, 0.1, 0.7, 2.0, "smaller than the paper's", 0),
+    (ablate.WORSE, 0.5, 0.9, 2.0, "smaller than the paper's", 1),
+    (ablate.WORSE, 0.1, 0.9, NONE, "reproduces", 0),
+    (ablate.WORSE, -2.0, -0.1, 2.0, "opposite", 0),
+    (ablate.WORSE, -0.1, 0.9, 2.0, "excluded", 1),
+    (ablate.WORSE, -0.1, 1.1, 2.0, "cannot tell", None),
+    (ablate.WORSE, -0.1, 0.9, NONE, "excluded", 1),
+    (ablate.WORSE, -0.1, 1.1, NONE, "cannot tell", None),
+    (ablate.BETTER, 0.2, 1.4, 1.8, "reproduces", 0),
+    (ablate.AS_WELL, -0.9, 0.8, NONE, "reproduces", -1),
+    (ablate.AS_WELL, 1.1, 3.0, NONE, "excluded", 1),
+    (ablate.AS_WELL, -3.0, -1.1, NONE, "excluded", -1),
+    (ablate.AS_WELL, -1.1, 0.5, NONE, "cannot tell", None),
+    (ablate.AS_WELL, 0.2, 1.1, NONE, "cannot tell", None),
+    (ablate.NO_BETTER, -3.0, 0.9, NONE, "reproduces", 1),
+    (ablate.NO_BETTER, 0.1, 0.9, NONE, "reproduces", 1),
+    (ablate.NO_BETTER, 0.1, 1.1, NONE, "opposite", 0),
+    (ablate.NO_BETTER, -0.1, 1.1, NONE, "cannot tell", None),
+]
+
+
+@pytest.mark.parametrize(("expected", "low", "high", "effect", "verdict", "bound"), VERDICTS)
+def test_verdicts(expected, low, high, effect, verdict, bound):
+    said, ruled_out = ablate.judge(expected, low, high, effect)
+    assert said == verdict
+    assert (None if math.isnan(ruled_out) else ruled_out) == bound
+
+
+@pytest.mark.parametrize(
+    "expected", [ablate.WORSE, ablate.BETTER, ablate.AS_WELL, ablate.NO_BETTER])
+def test_there_is_no_verdict_without_an_interval(expected):
+    assert ablate.judge(expected, math.nan, math.nan, 2.0)[0] == "cannot tell"
+
+
+def test_holm_goes_down_from_the_smallest_p():
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}  # .0125, .0167, .025
+    assert ablate.holm(p) == {"a", "d"}
+    assert ablate.holm({"a": 0.03, "b": 0.026}) == set()
+    assert ablate.holm({"a": 0.04, "b": 0.02}) == {"a", "b"}
+
+
+def made_up_curves(seed=0):
+    """Curves of all arms, which pass through retentions of about .99, .96 and .9."""
+    rng = np.random.default_rng(seed)
+    curves = {}
+    for arm in ablate.ARMS.values():
+        for clip in arm.clips:
+            curve = [point(98.0, 50.0)]
+            for kept, gained in ((0.99, 4), (0.96, 8), (0.9, 11)):
+                kept += 0.004 * rng.normal()
+                curve.append(point(98 * kept, 50 + gained + 0.5 * rng.normal()))
+            curves[arm.name, clip] = curve
+    return curves
+
+
+def test_an_arm_is_compared_on_the_same_clips_with_the_noise_of_its_family():
+    curves = made_up_curves()
+    arm = ablate.ARMS["s = .1"]
+    x = ablate.compare(curves, arm, ablate.AFTER)
+    gains = {key: curve[-1]["pairs"] - curve[0]["pairs"] for key, curve in curves.items()}
+    assert x.mean == pytest.approx(np.mean([gains["s = .1", c] - gains["rf", c] for c in "012"]))
+    family = [
+        name for name, other in ablate.ARMS.items()
+        if "perceiver" not in other.flags and name not in ablate.APART]
+    mine = {key: gain for key, gain in gains.items() if key[0] in family}
+    deviation, freedom = ablate.residual(mine)
+    assert x.error == pytest.approx(deviation * math.sqrt(2 / 3))
+    assert (x.freedom, x.clips) == (freedom, 3)
+    assert x.effect == pytest.approx(arm.share * np.mean([gains["rf", c] for c in "012"]))
+
+
+def test_an_arm_is_compared_with_the_other_family_by_its_own_spread():
+    curves = made_up_curves()
+    x = ablate.compare(curves, ablate.ARMS["perceiver"], ablate.AFTER)
+    differences = [
+        curves["perceiver", c][-1]["pairs"] - curves["rf", c][-1]["pairs"] for c in "012345"]
+    assert x.freedom == 5
+    assert x.error == pytest.approx(np.std(differences, ddof=1) / math.sqrt(6))
+
+
+def test_curves_are_compared_over_the_retentions_that_all_reach():
+    curves = made_up_curves()
+    for clip in "012":
+        curves["s = 5", clip] = [point(100, 50), point(99, 54), point(97.5, 56)]
+        curves["rf", clip] = [point(100, 50), point(99, 53), point(96, 53)]
+    x = ablate.compare(curves, ablate.ARMS["s = 5"], ablate.EQUAL)
+    assert x.mean == pytest.approx(((4 + 6) / 2) - 3, abs=1e-6)  # from .99 to .975
+    for clip in "012":
+        curves["s = 5", clip] = [point(100, 50), point(98.5, 56)]
+    assert ablate.compare(curves, ablate.ARMS["s = 5"], ablate.EQUAL) is None
+    assert ablate.compare(curves, ablate.ARMS["s = 5"], ablate.AFTER) is not None
+
+
+def test_shares_of_table_4_are_means_over_its_backbones():
+    assert ablate.table4(12.6, 9.6, 8.2) == pytest.approx(1)
+    assert ablate.ARMS["uniform t"].share == pytest.approx(0.87, abs=0.005)
+    assert ablate.ARMS["s = 10"].share == pytest.approx(1.05, abs=0.005)
+
+
+def test_every_arm_but_the_references_carries_a_claim():
+    claims = [arm for arm in ablate.ARMS.values() if arm.expected]
+    assert len(claims) == 22
+    for arm in claims:
+        reference = ablate.ARMS[arm.reference]
+        assert set(arm.clips) <= set(reference.clips)
+        assert arm.name == "direct" or arm.rate == reference.rate == 4e-4
+
+
+def write_cells(folder, curves):
+    """The cells' files of these curves."""
+    files = []
+    for clip in dict.fromkeys(clip for _, clip in curves):
+        own = {key: curve for key, curve in curves.items() if key[1] == clip}
+        own["original", clip] = [next(iter(own.values()))[0]]
+        for (arm, _), curve in reversed(own.items()):  # the original first
+            points = []
+            for step, values in enumerate(curve if arm == "original" else curve[1:]):
+                about = {"arm": arm, "clip": clip, "step": step}
+                for number in ablate.NUMBERS[5:]:
+                    about[number] = 50 + step / 3
+                if arm != "original":
+                    about |= {"rate": 4e-4, "precision": "fp32", "heldout": "0.6712"}
+                points.append(about | values)
+            files.append(folder / f"{len(files)}.json")
+            files[-1].write_text(json.dumps(points))
+    return files
+
+
+def test_the_csv_holds_all_that_the_cells_hold(tmp_path):
+    curves = made_up_curves()
+    path = tmp_path / "ablation.csv"
+    ablate.write_csv(path, write_cells(tmp_path, curves))
+    read = ablate.read_csv(path)
+    assert read.keys() == curves.keys()
+    for key, curve in curves.items():
+        for before, after in zip(curve, read[key], strict=True):
+            assert before == {name: after[name] for name in before}
+    first = next(iter(read.values()))
+    assert (first[-1]["rate"], first[-1]["precision"]) == ("0.0004", "fp32")
+
+
+def test_the_report_needs_nothing_but_the_csv(tmp_path, capsys):
+    ablate.write_csv(tmp_path / "ablation.csv", write_cells(tmp_path, made_up_curves()))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    os.rename(tmp_path / "ablation.csv", alone / "ablation.csv")
+    ablate.main(["--report", str(alone / "ablation.csv")])
+    printed = capsys.readouterr().out
+    for arm in ablate.ARMS.values():
+        assert f"| {arm.name} |" in printed
+    assert "of 22 claims are decided" in printed
+    picture = (alone / "ablation.svg").read_text()
+    assert "zero-shot accuracy kept" in picture
+    assert ">97<" in picture
+
+    ablate.main(["--report", str(alone / "ablation.csv")])
+    assert capsys.readouterr().out == printed
+    assert (alone / "ablation.svg").read_text() == picture
+
+
+def test_the_report_bears_a_grid_of_one_clip_and_one_arm(tmp_path, capsys):
+    curves = {key: curve for key, curve in made_up_curves().items() if key == ("rf", "0")}
+    ablate.write_csv(tmp_path / "ablation.csv", write_cells(tmp_path, curves))
+    ablate.main(["--report", str(tmp_path / "ablation.csv")])
+    assert "nan" not in (tmp_path / "ablation.svg").read_text()
+
+
+def test_nothing_runs_off_the_figure(tmp_path):
+    ablate.draw(made_up_curves(), tmp_path / "ablation.svg")
+    root = ElementTree.parse(tmp_path / "ablation.svg").getroot()
+    width, height = [float(x) for x in root.get("viewBox").split()[2:]]
+    for path in root.iter("{http://www.w3.org/2000/svg}path"):
+        words = path.get("d").replace("M", " ").replace("L", " ").split()
+        for word in words:
+            for number in word.replace("H", " ").replace("V", " ").split():
+                assert 0 <= float(number) <= max(width, height)
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        assert 0 < float(text.get("x")) < width
+        assert 0 < float(text.get("y")) < height
+
+
+def test_the_figures_colours_stand_out_from_its_page():
+    def luminance(colour):
+        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    assert 'fill="#ffffff"' in ablate.SVG  # the page is part of the picture
+    for colour in ablate.COLOURS.values():
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5
+        assert (luminance("#e3ebf5") + 0.05) / (luminance(colour) + 0.05) >= 4.5
+
+
+def test_a_missing_csv_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        ablate.main(["--report", str(tmp_path / "none.csv")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_grids_in_a_folder_are_refused(tmp_path, capsys):
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    (tmp_path / "quick").mkdir()
+    words = [sys.executable, "-c", holder + "print('held', flush=True); input()"]
+    other = subprocess.Popen(
+        [*words, tmp_path / "quick" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(SystemExit):
+        ablate.main(["--quick", "--out", str(tmp_path)])
+    other.communicate(b"\n")
+    assert "in use by another grid" in capsys.readouterr().err
+
+
+def fake_call(made):
+    """What stands in for train.py and make_toy.py: it notes the command and makes its file."""
+    def call(words, log):
+        made.append(words)
+        if "--out" not in words:
+            return
+        folder = words[words.index("--out") + 1]
+        file = "clip.safetensors"
+        if "--stage" in words and words[words.index("--stage") + 1] == "1":
+            file = "stage1/last.safetensors"
+        os.makedirs(os.path.dirname(f"{folder}/{file}"), exist_ok=True)
+        open(f"{folder}/{file}", "w").close()
+
+    return call
+
+
+def fake_score(scored):
+    def score_cell(test, task):
+        path, arm, clip, _ = task
+        scored.append((arm, clip))
+        points = [point(98.0, 50.0, arm=arm, clip=clip, step=0)]
+        with open(path, "w") as file:
+            json.dump(points, file)
+
+    return score_cell
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """run_grid without any training: the commands and the scored cells are noted."""
+    made, scored = [], []
+    monkeypatch.setattr(ablate, "call", fake_call(made))
+    monkeypatch.setattr(ablate, "score_cell", fake_score(scored))
+    monkeypatch.setattr(ablate, "load_test", lambda out, plan: None)
+    threads = torch.get_num_threads()
+    yield made, scored
+    torch.set_num_threads(threads)
+
+
+def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, faked):
+    made, scored = faked
+    ablate.run_grid(str(tmp_path), ablate.FULL, 1)
+    trained = [words for words in made if "train.py" in words]
+    cells = [(arm.name, clip) for arm in ablate.ARMS.values() for clip in arm.clips]
+    last = [words for words in trained if words[words.index("--stage") + 1] != "1"]
+    assert len(last) == len(cells)
+    assert sorted(scored) == sorted(cells + [("original", clip) for clip in (*"012345", "full")])
+    clips = [words for words in made if "clip" in words]
+    assert len(clips) == 6  # CLIP 0 is committed
+
+    made.clear()
+    scored.clear()
+    os.remove(tmp_path / "clip-2" / "frozen.json")
+    os.remove(tmp_path / "clip-2" / "frozen" / "clip.safetensors")
+    ablate.run_grid(str(tmp_path), ablate.FULL, 1)
+    assert [words for words in made if "--out" in words] == [
+        words for words in trained if str(tmp_path / "clip-2" / "frozen") in words]
+    assert scored == [("frozen", "2")]
+
+
+def test_arms_that_differ_in_stage_2_alone_share_stage_1(tmp_path, faked):
+    made, _ = faked
+    ablate.run_grid(str(tmp_path), ablate.QUICK, 1)
+    commands = [" ".join(words) for words in made]
+    stage1 = [command for command in commands if "--stage 1" in command]
+    assert len(stage1) == 2  # rf's, which frozen shares, and that of local .5
+    frozen = [command for command in commands if "--freeze-denoiser" in command]
+    assert "clip-0/rf/stage1/last.safetensors" in frozen[0]
+    end_to_end = [command for command in commands if "--stage e2e" in command]
+    assert "--init" not in end_to_end[0]
+    for command in commands[1:]:
+        if "--stage 1" not in command:
+            assert "--steps 300 --export-every 100 --lr-clip 0.0004" in command
+        assert "--seed 0" in command
+        assert "--precision" not in command
+
+
+def test_a_command_that_fails_names_its_log(tmp_path):
+    with pytest.raises(UserError, match="world.log"):
+        ablate.call(["toy/make_toy.py", "--nonsense"], str(tmp_path / "world.log"))
+    assert "--nonsense" in (tmp_path / "world.log").read_text()
+
+
+def test_after_an_error_no_further_run_begins():
+    seen = []
+
+    def function(task):
+        seen.append(task)
+        if task == 1:
+            raise UserError("no")
+        time.sleep(0.05)
+
+    with pytest.raises(UserError):
+        ablate.run_all("tasks", function, list(range(50)), 1)
+    assert len(seen) < 50
+
+
+@pytest.fixture(scope="session")
+def small_test(tmp_path_factory):
+    """The test of a tiny grid, in a folder and in memory."""
+    folder = tmp_path_factory.mktemp("grid")
+    test = ablate.load_test(str(folder), {"pairs": 4, "images": 60})
+    return folder / "test", test
+
+
+def test_scores_are_those_of_the_evaluation(small_test):
+    folder, test = small_test
+    clip, preprocess, tokenizer = load_clip("toy")
+    tasks = [("folder", str(folder / "zeroshot"))]
+    truth = eval_mmvp.evaluate(clip, preprocess, tokenizer, str(folder / "mmvp"), tasks)
+    point = ablate.score(test, os.path.join(ablate.HERE, "clip.safetensors"))
+    assert point["pairs"] == pytest.approx(truth["average"])
+    assert point["zeroshot"] == pytest.approx(truth["zeroshot"]["folder accuracy"])
+    for pattern, percent in truth["patterns"].items():
+        assert point[make_toy.PATTERNS[pattern][0]] == pytest.approx(percent)
+    margins = []
+    for pair in truth["pairs"]:
+        first, second = [math.log(score / (1 - score)) for score in pair["scores"]]
+        margins.append(max(-4, min(4, first, -second)))
+    assert point["margin"] == pytest.approx(np.mean(margins), abs=1e-3)
+
+
+def test_the_test_is_drawn_once(small_test):
+    folder, _ = small_test
+    before = os.stat(folder / "mmvp" / "Questions.csv").st_mtime_ns
+    ablate.load_test(str(folder.parent), {"pairs": 4, "images": 60})
+    assert os.stat(folder / "mmvp" / "Questions.csv").st_mtime_ns == before
+
+
+def test_nothing_else_draws_the_tests_images():
+    own = {ablate.PAIR_SEED, ablate.IMAGE_SEED, ablate.PROBE_SEED}
+    worlds = {value for value in vars(make_toy).values() if type(value) is int}
+    assert len(own) == 3
+    assert not own & worlds
+    assert not own & {101, 102, 103}  # of the first grid
+
+
+def test_the_probe_reads_what_is_linear_in_its_features_and_nothing_else():
+    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    scenes = [make_toy.sample_scene(rng) for _ in range(600)]
+    sunny = torch.tensor([[scene["presence"] == "sunny"] for scene in scenes]).float()
+    told = 3 + 2 * sunny @ torch.randn(1, 6, generator=generator)
+    features = torch.cat([told, torch.randn(600, 4, generator=generator)], dim=1)
+    read = ablate.probe(features, scenes, fitted=400)
+    assert read.pop("probe presence") == 100
+    for name, percent in read.items():
+        chance = 100 / len(make_toy.VALUES[name.removeprefix("probe ")])
+        assert abs(percent - chance) < 4 * math.sqrt(chance * (100 - chance) / 200)

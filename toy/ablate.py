@@ -119,7 +119,7 @@ ARMS = (
 )
 ARMS = {arm.name: arm for arm in ARMS}
 APART = ("direct, 4e-4", "shuffled target", "all captions")  # not in what the arms' noise is
-# The steps of stage 1, as in train.py's preset; those of stage 2 after which a CLIP is scored; and
+# The steps of stage 1; those of stage 2 after which a CLIP is scored; and
 # the test's pairs of each pattern, and its images for the retention.
 FULL = {"arms": tuple(ARMS), "clips": (*MANY, "full"), "stage 1": 850, "stage 2": (100, 200, 300),
         "pairs": 1000, "images": 20_000}
