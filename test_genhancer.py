@@ -4758,14 +4758,11 @@ def test_an_interruption_is_one_line(capsys):
     assert capsys.readouterr().err == "eval_mmvp.py: interrupted\n"
 
 
-# ------------------------------------------------------------------- no wait for the device
-
 TORCH = os.path.dirname(torch.__file__)
 READS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
-SIZED_BY_VALUES = {  # operators whose results have a size that only the values tell
-    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-}
-ASKS = {"_local_scalar_dense", "equal", "is_nonzero"}  # item, int, float, bool, torch.equal
+# Operators whose results have a size that only the values tell:
+SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
+ASKS = {"_local_scalar_dense", "equal"}  # item, int, float, bool, torch.equal
 
 
 class Operators(TorchDispatchMode):
@@ -4789,8 +4786,8 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def is_host(self, tensor):
-        pointers = [mask.untyped_storage().data_ptr() for mask in self.host]
-        return tensor.untyped_storage().data_ptr() in pointers
+        storage = tensor.untyped_storage().data_ptr()
+        return storage in [mask.untyped_storage().data_ptr() for mask in self.host]
 
 
 class Calls(TorchFunctionMode):
@@ -4805,19 +4802,15 @@ class Calls(TorchFunctionMode):
         ours = not sys._getframe(1).f_code.co_filename.startswith(TORCH)
         if func in READS:
             self.waits.append(func.__name__)
-        copies = func is torch.Tensor.to and names_a_device(args[1:], kwargs)
+        places = [*args[1:], kwargs.get("device")] if func is torch.Tensor.to else []
+        copies = any(isinstance(place, (torch.device, str, torch.Tensor)) for place in places)
         if copies and ours and not kwargs.get("non_blocking"):
             self.waits.append("to(device)")
         return func(*args, **kwargs)
 
 
-def names_a_device(args, kwargs):
-    places = [*args, kwargs.get("device"), kwargs.get("other")]
-    return any(isinstance(place, (torch.device, str, torch.Tensor)) for place in places)
-
-
 class Watched(Exception):
-    """Ends the run after the step."""
+    pass
 
 
 def waits_of_a_step(world, out, monkeypatch, *more):
@@ -4860,20 +4853,16 @@ def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, denoi
 
 @pytest.mark.parametrize("wait", [
     lambda losses: losses.mean().item(),
-    lambda losses: losses.tolist(),
     lambda losses: losses[losses > 0],
     lambda losses: losses.nonzero(),
     lambda losses: losses.to("cpu"),
     lambda losses: torch.tensor([1.0]),
 ])
 def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
-    add = train.Log.add
-
-    def wait_and_add(log, losses, levels, skipped):
+    def wait_for(log, losses, levels, skipped):
         wait(losses)
-        add(log, losses, levels, skipped)
 
-    monkeypatch.setattr(train.Log, "add", wait_and_add)
+    monkeypatch.setattr(train.Log, "add", wait_for)
     assert waits_of_a_step(world, tmp_path, monkeypatch, "--stage", 1)
 
 

@@ -26,6 +26,7 @@ import signal
 import sys
 import tarfile
 import time
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -180,7 +181,7 @@ class Settings:
 
     precision: str = option(None, ("bf16", "fp32"), "autocast's; default: bf16 where it is fast")
     workers: int = option(8, number(int, 0, 1024), "data loading processes of each rank")
-    compile: bool = option(False, bool, "torch.compile the networks")
+    compile: bool = option(False, bool, "torch.compile the networks (other dropout draws)")
     shard: bool = option(False, bool, "FSDP2: weights, gradients and optimizer over the ranks")
     grad_checkpoint: bool = option(False, bool, "recompute the blocks in the backward pass")
     save_every: int = option(1000, COUNT, "steps between checkpoints")
@@ -555,6 +556,8 @@ def distribute(s, core, device):
         return shard(s, core)
     if WORLD > 1:
         devices = [device] if device.type == "cuda" else None
+        # What replaces broadcast_buffers is not in torch 2.11.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
         return DistributedDataParallel(core, devices, broadcast_buffers=False,
                                        gradient_as_bucket_view=True)
     return core
