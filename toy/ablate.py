@@ -343,7 +343,11 @@ def read_csv(path):
         raise UserError(f"{path} not found: run the grid, or name its ablation.csv")
     curves = {}
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if not set(NUMBERS) <= set(reader.fieldnames or ()):
+            raise UserError(f"{path} is not of this grid (the first one's had other columns): run "
+                            "the grid, or name its ablation.csv")
+        for row in reader:
             for name in NUMBERS:
                 row[name] = float(row[name] or "nan")
             key = row["arm"], row["clip"]
