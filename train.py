@@ -86,6 +86,7 @@ from genhancer import (
     load_clip,
     merge_lora,
     model_card,
+    write_text,
 )
 from vae import (
     PART,
@@ -1136,12 +1137,7 @@ def write_card(s, result):
     """hf/README.md: the model card that the hub shows, with the evaluation if there is one."""
     settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in LOCAL}
     card = model_card(s.backbone, settings, result)
-
-    def write(part):
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(card)
-
-    write_file(os.path.join(s.out, "hf", "README.md"), write)
+    write_text(os.path.join(s.out, "hf", "README.md"), card)
 
 
 def compare(s, device):
