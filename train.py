@@ -230,8 +230,8 @@ PRESETS = {
 }
 STAGE_DEFAULTS = {
     "paper": {1: {}, 2: dict(lr=1e-5), "e2e": dict(epochs=2.0, lr_clip=1e-5)},
-    "toy": {1: dict(steps=400, lr=2e-3), 2: dict(steps=250, lr=1e-3, lr_clip=2e-4),
-            "e2e": dict(steps=650, lr=2e-3, lr_clip=2e-4)},
+    "toy": {1: dict(steps=250, lr=2e-3), 2: dict(steps=130, lr=1e-3, lr_clip=4e-4),
+            "e2e": dict(steps=380, lr=2e-3, lr_clip=4e-4)},
     "bench": {1: {}, 2: {}, "e2e": {}},
 }
 BENCH_ON_CPU = dict(backbone="ViT-B-32-quickgelu:openai", width=768, batch_size=4, workers=0,

@@ -239,12 +239,12 @@ def read_layout(tensors):
     if (in_channels, out_ch) != (3, 3):
         raise ValueError(f"its images have {in_channels} and {out_ch} channels, where 3 are needed")
 
-    block = "encoder.down.{}.block.{}.conv1.weight"
+    block = "decoder.up.{}.block.{}.conv1.weight"
     widths = [read_shape(tensors, block.format(0, 0), 4)[0]]
     while block.format(len(widths), 0) in tensors:
         widths.append(read_shape(tensors, block.format(len(widths), 0), 4)[0])
-    num_res_blocks = 1
-    while block.format(0, num_res_blocks) in tensors:
+    num_res_blocks = 0  # the encoder's: the decoder has one more, so that an encoder may have none
+    while block.format(0, num_res_blocks + 1) in tensors:
         num_res_blocks += 1
     for width in [ch, *widths]:
         if width % 32 or width % ch:

@@ -112,8 +112,8 @@ ARMS = (
     Arm("direct", "Fig. 8", WORSE, stage2="--no-lora", rate=1e-4, clips=MANY[1:], primary=KEPT),
     Arm("direct, 4e-4", "Fig. 8", stage2="--no-lora", clips=FEW[1:]),  # CLIP 0 chose its rate
     Arm("frozen", "Fig. 9", AS_WELL, stage2="--freeze-denoiser"),
-    Arm("stage 1: 200 steps", "Fig. 1b", WORSE, stage1="--steps 200"),
-    Arm("stage 1: 1700 steps", "Fig. 1b", NO_BETTER, stage1="--steps 1700"),
+    Arm("stage 1: 60 steps", "Fig. 1b", WORSE, stage1="--steps 60"),
+    Arm("stage 1: 500 steps", "Fig. 1b", NO_BETTER, stage1="--steps 500"),
     Arm("shuffled target", "control", WORSE, stage2="--shuffle-target", primary=AFTER),
     Arm("all captions", clips=("full",)),  # rf on the CLIP of make_toy.py clip --regime full
 )
@@ -121,10 +121,10 @@ ARMS = {arm.name: arm for arm in ARMS}
 APART = ("direct, 4e-4", "shuffled target", "all captions")  # not in what the arms' noise is
 # The steps of stage 1; those of stage 2 after which a CLIP is scored; and
 # the test's pairs of each pattern, and its images for the retention.
-FULL = {"arms": tuple(ARMS), "clips": (*MANY, "full"), "stage 1": 850, "stage 2": (100, 200, 300),
-        "pairs": 1000, "images": 20_000}
+FULL = {"arms": tuple(ARMS), "clips": (*MANY, "full"), "stage 1": 250,
+        "stage 2": (80, 120, 160, 240), "pairs": 1000, "images": 10_000}
 QUICK = FULL | {"arms": ("rf", "local .5", "end to end", "frozen"), "clips": ("0",)}
-QUICK |= {"stage 1": 250, "pairs": 100, "images": 2000}
+QUICK |= {"stage 1": 100, "pairs": 100, "images": 2000}
 
 # ---- The cells -----------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ def add_cell(out, plan, arm, clip, phases, cells):
 
     folder = f"{home}/{arm.name}"
     steps = plan["stage 2"]
-    flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {steps[0]}"
+    flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {math.gcd(*steps)}"
     flags += f" --lr-clip {arm.rate} {arm.flags} {arm.stage2}"
     result = f"{folder}/clip.safetensors"
     phases["stage 2"][result] = [*common, folder, *flags.split(), *init]
