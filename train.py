@@ -389,6 +389,7 @@ def finite_norm(s, grad_norm, step):
     return norm
 
 
+@torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
 def look(s, step, core, model, heldout):
     """Draw samples/STEP.png; return the held-out losses, with the right and with shuffled [CLS]."""
