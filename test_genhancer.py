@@ -2994,6 +2994,43 @@ def read_log(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="session")
+def compiled(world, tmp_path_factory):
+    """Stage 1 of the perceiver with --compile, and how many graphs pictures and losses cost."""
+    out = tmp_path_factory.mktemp("compiled")
+    compile_module, look = torch.nn.Module.compile, train.look
+    graphs, graphs_of_look = [], []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    def counted_look(*inputs):
+        before = len(graphs)
+        losses = look(*inputs)
+        graphs_of_look.append(len(graphs) - before)
+        return losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend=backend))
+        patch.setattr(train, "look", counted_look)
+        train.main(perceiver(world, out, "--stage", 1, "--compile"))
+    assert graphs
+    return out, graphs_of_look
+
+
+def test_compile_gives_the_same_losses(trained, compiled):
+    plain, out = read_log(trained / "perceiver" / "stage1"), read_log(compiled[0] / "stage1")
+    for name in ("loss", "grad_norm", "heldout"):
+        for row, other in zip(plain, out, strict=True):
+            if row[name]:
+                assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-4)
+
+
+def test_compile_leaves_pictures_and_heldout_losses_alone(compiled):
+    assert compiled[1] == [0]
+
+
 @pytest.mark.parametrize("run", ["rf", "perceiver"])
 def test_the_log_tells_what_happened(trained, run):
     rows = read_log(trained / run / "stage1")
