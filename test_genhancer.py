@@ -6,7 +6,6 @@ round trip.
 """
 import copy
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -197,7 +196,13 @@ def assert_one_line(error, *words):
 
 def tiny_model(world, kind="rf", clip="tiny-clip", **options):
     """A GenHancer of a few thousand parameters; kind: "rf" or "perceiver"."""
+    return copy.deepcopy(built_model(world, kind, clip, tuple(options.items())))
+
+
+@lru_cache
+def built_model(world, kind, clip, options):
     visual = gh.load_clip(clip, str(world / f"{clip}.safetensors"))[0].visual
+    options = dict(options)
     torch.manual_seed(1)
     if kind == "rf":
         config = gh.FluxConfig(
@@ -877,15 +882,6 @@ def same_draws():
 # Loading and initialising take longer than most tests: each is done once, and copied.
 
 
-def small_model(world, kind="rf", clip="tiny-clip", **options):
-    return copy.deepcopy(built_model(world, kind, clip, tuple(options.items())))
-
-
-@lru_cache
-def built_model(world, kind, clip, options):
-    return tiny_model(world, kind, clip, **dict(options))
-
-
 def load_visual(world, name):
     return copy.deepcopy(loaded_visual(world, name))
 
@@ -930,7 +926,7 @@ def trained_parts(model):
 
 @every_stage
 def test_a_stage_trains_what_it_says_and_nothing_else(world, stage, lora, freeze_denoiser, trains):
-    model = small_model(world).set_stage(stage, lora, freeze_denoiser)
+    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser)
     expected = {"visual": {False}, "autoencoder": {False}}
     expected |= {"projectors": {False}, "denoiser": {False}}
     expected |= {part: {True} for part in trains}
@@ -939,7 +935,7 @@ def test_a_stage_trains_what_it_says_and_nothing_else(world, stage, lora, freeze
 
 @every_stage
 def test_frozen_parts_stay_in_eval_mode(world, stage, lora, freeze_denoiser, trains):
-    model = small_model(world).set_stage(stage, lora, freeze_denoiser).eval().train()
+    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser).eval().train()
     for name, part in model.named_children():
         frozen = not any(p.requires_grad for p in part.parameters())
         modes = {module.training for module in part.modules()}
@@ -948,12 +944,12 @@ def test_frozen_parts_stay_in_eval_mode(world, stage, lora, freeze_denoiser, tra
 
 @every_stage
 def test_eval_mode_is_eval_mode_everywhere(world, stage, lora, freeze_denoiser, trains):
-    model = small_model(world).set_stage(stage, lora, freeze_denoiser).eval()
+    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser).eval()
     assert not any(module.training for module in model.modules())
 
 
 def test_stage_2_follows_stage_1_in_one_process(world):
-    model = small_model(world).set_stage(1).set_stage(2)
+    model = tiny_model(world).set_stage(1).set_stage(2)
     assert trained_parts(model)["adapters"] == {True}
     assert trained_parts(model)["visual"] == {False}
 
@@ -974,7 +970,7 @@ def keep_inputs_in(calls):
 
 @both_families
 def test_the_levels_are_the_timesteps_that_were_used(world, clip):
-    model = small_model(world, "rf", clip).set_stage(1)
+    model = tiny_model(world, "rf", clip).set_stage(1)
     calls = seen_by_denoiser(model)
     losses, levels = model(torch.rand(5, 3, 32, 32))
     _, t, _, _ = calls[0]
@@ -984,7 +980,7 @@ def test_the_levels_are_the_timesteps_that_were_used(world, clip):
 
 @both_families
 def test_the_levels_are_the_mask_ratios_that_were_used(world, clip):
-    model = small_model(world, "perceiver", clip).set_stage(1)
+    model = tiny_model(world, "perceiver", clip).set_stage(1)
     calls = seen_by_denoiser(model)
     losses, levels = model(torch.rand(5, 3, 32, 32))
     _, mask, _ = calls[0]
@@ -993,13 +989,13 @@ def test_the_levels_are_the_mask_ratios_that_were_used(world, clip):
 
 
 def test_the_mask_ratios_are_those_asked_for(world):
-    model = small_model(world, "perceiver", mask_ratio=(0.25, 0.25)).set_stage(1)
+    model = tiny_model(world, "perceiver", mask_ratio=(0.25, 0.25)).set_stage(1)
     levels = model(torch.rand(3, 3, 32, 32))[1]
     assert levels.tolist() == [0.25, 0.25, 0.25]
 
 
 def test_the_timesteps_are_distributed_as_asked_for(world):
-    model = small_model(world, "rf", scale=0.0).set_stage(1)
+    model = tiny_model(world, "rf", scale=0.0).set_stage(1)
     levels = model(torch.rand(3, 3, 32, 32))[1]
     assert levels.tolist() == [0.5, 0.5, 0.5]
 
@@ -1011,7 +1007,7 @@ def seeded(model, *images):
 
 @both_denoisers
 def test_an_images_loss_is_its_own(world, kind):
-    model = small_model(world, kind).set_stage(1)
+    model = tiny_model(world, kind).set_stage(1)
     images = torch.rand(3, 3, 32, 32)
     others = torch.cat([images[:1], torch.rand(2, 3, 32, 32)])
     losses = seeded(model, images)
@@ -1022,21 +1018,21 @@ def test_an_images_loss_is_its_own(world, kind):
 
 @both_denoisers
 def test_the_seed_decides_every_draw(world, kind):
-    model = small_model(world, kind, local_ratio=0.5).set_stage(2)
+    model = tiny_model(world, kind, local_ratio=0.5).set_stage(2)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(seeded(model, images), seeded(model, images))
 
 
 @both_denoisers
 def test_the_condition_comes_from_the_images_by_default(world, kind):
-    model = small_model(world, kind).set_stage(1)
+    model = tiny_model(world, kind).set_stage(1)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(seeded(model, images), seeded(model, images, images))
 
 
 @both_denoisers
 def test_the_control_takes_its_condition_from_other_images(world, kind):
-    model = small_model(world, kind).set_stage(1)
+    model = tiny_model(world, kind).set_stage(1)
     images = torch.rand(2, 3, 32, 32)
     others = torch.rand(2, 3, 32, 32)
     conditions = []
@@ -1057,7 +1053,7 @@ def attributes(model):
 
 @both_denoisers
 def test_forward_leaves_nothing_behind(world, kind):
-    model = small_model(world, kind, local_ratio=0.5).set_stage(2)
+    model = tiny_model(world, kind, local_ratio=0.5).set_stage(2)
     before = attributes(model)
     model(torch.rand(2, 3, 32, 32))[0].mean().backward()
     after = attributes(model)
@@ -1082,14 +1078,14 @@ def clip_gradient(model):
 
 @both_denoisers
 def test_no_gradient_reaches_cls_in_stage_1(world, kind):
-    assert clip_gradient(small_model(world, kind).set_stage(1)) is None
+    assert clip_gradient(tiny_model(world, kind).set_stage(1)) is None
 
 
 @both_denoisers
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("freeze_denoiser", [True, False])
 def test_a_gradient_reaches_cls_in_stage_2(world, kind, lora, freeze_denoiser):
-    gradient = clip_gradient(small_model(world, kind).set_stage(2, lora, freeze_denoiser))
+    gradient = clip_gradient(tiny_model(world, kind).set_stage(2, lora, freeze_denoiser))
     assert (gradient.abs().sum(1) > 0).all()
 
 
@@ -1097,7 +1093,7 @@ def test_a_gradient_reaches_cls_in_stage_2(world, kind, lora, freeze_denoiser):
 @both_denoisers
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_trained_parameter_gets_a_gradient(world, kind, clip, stage):
-    model = small_model(world, kind, clip, local_ratio=0.5).set_stage(stage)
+    model = tiny_model(world, kind, clip, local_ratio=0.5).set_stage(stage)
     model(torch.rand(2, 3, 32, 32))[0].mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -1112,7 +1108,7 @@ def gradients(model, images):
 
 @both_denoisers
 def test_checkpointing_gives_the_same_gradients(world, kind):
-    model = small_model(world, kind).set_stage(2)
+    model = tiny_model(world, kind).set_stage(2)
     images = torch.rand(2, 3, 32, 32)
     plain = gradients(model, images)
     model.denoiser.grad_checkpointing = True
@@ -1124,7 +1120,7 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
 
 @both_denoisers
 def test_checkpointing_computes_every_block_twice(world, kind):
-    model = small_model(world, kind).set_stage(1)
+    model = tiny_model(world, kind).set_stage(1)
     model.denoiser.grad_checkpointing = True
     lists = [part for part in model.denoiser.children() if isinstance(part, nn.ModuleList)]
     blocks = [block for part in lists for block in part]
@@ -1163,18 +1159,18 @@ def keep_output_in(calls):
 
 
 def test_only_local_tokens_have_a_projector_for_them(world):
-    assert set(small_model(world, "rf").projectors) == {"context", "vec"}
-    assert set(small_model(world, "perceiver").projectors) == {"context"}
-    assert "local" in small_model(world, "rf", local_ratio=0.5).projectors
+    assert set(tiny_model(world, "rf").projectors) == {"context", "vec"}
+    assert set(tiny_model(world, "perceiver").projectors) == {"context"}
+    assert "local" in tiny_model(world, "rf", local_ratio=0.5).projectors
 
 
 def test_without_local_tokens_the_condition_is_cls_alone(world):
     images = torch.rand(2, 3, 32, 32)
-    rf = small_model(world, "rf").condition(images)
+    rf = tiny_model(world, "rf").condition(images)
     assert set(rf) == {"context", "vec"}
     assert rf["context"].shape == (2, 1, 48)
     assert rf["vec"].shape == (2, 768)
-    assert small_model(world, "perceiver").condition(images).shape == (2, 1, 32)
+    assert tiny_model(world, "perceiver").condition(images).shape == (2, 1, 32)
 
 
 def projected_patches(model, images):
@@ -1193,7 +1189,7 @@ def find_patches(tokens, candidates):
 
 @torch.no_grad()
 def test_local_tokens_of_rf_carry_the_rotary_position_of_their_patch(world):
-    model = small_model(world, "rf", local_ratio=0.5)
+    model = tiny_model(world, "rf", local_ratio=0.5)
     images = torch.rand(2, 3, 32, 32)
     condition = model.condition(images)
     chosen = find_patches(condition["context"][:, 1:], projected_patches(model, images))
@@ -1204,7 +1200,7 @@ def test_local_tokens_of_rf_carry_the_rotary_position_of_their_patch(world):
 
 @torch.no_grad()
 def test_local_tokens_of_the_perceiver_carry_the_sincos_position_of_their_patch(world):
-    model = small_model(world, "perceiver", local_ratio=0.5)
+    model = tiny_model(world, "perceiver", local_ratio=0.5)
     images = torch.rand(2, 3, 32, 32)
     # Patches are 4 tokens wide: patch i covers the tokens 4 i to 4 i + 3.
     patch = torch.arange(16)
@@ -1216,13 +1212,13 @@ def test_local_tokens_of_the_perceiver_carry_the_sincos_position_of_their_patch(
 
 @torch.no_grad()
 def test_cls_lies_at_the_rotary_origin(world):
-    condition = small_model(world, "rf", local_ratio=0.5).condition(torch.rand(2, 3, 32, 32))
+    condition = tiny_model(world, "rf", local_ratio=0.5).condition(torch.rand(2, 3, 32, 32))
     assert (condition["context_ids"][:, 0] == 0).all()
 
 
 @torch.no_grad()
 def test_each_image_draws_its_own_local_tokens_without_repetition(world):
-    model = small_model(world, "rf", local_ratio=0.5)
+    model = tiny_model(world, "rf", local_ratio=0.5)
     images = torch.rand(6, 3, 32, 32)
     context = model.condition(images)["context"]
     chosen = find_patches(context[:, 1:], projected_patches(model, images))
@@ -1233,7 +1229,7 @@ def test_each_image_draws_its_own_local_tokens_without_repetition(world):
 
 @pytest.mark.parametrize("ratio, tokens", [(0.1, 2), (0.5, 8), (1.0, 16)])
 def test_the_local_ratio_is_a_share_of_the_patches(world, ratio, tokens):
-    model = small_model(world, "perceiver", local_ratio=ratio)
+    model = tiny_model(world, "perceiver", local_ratio=ratio)
     assert model.condition(torch.rand(1, 3, 32, 32)).shape == (1, 1 + tokens, 32)
 
 
@@ -1281,7 +1277,7 @@ class Guesses(KnownTokens):
 
 def test_euler_steps_reach_the_truth(world):
     images = torch.rand(3, 3, 32, 32)
-    model = small_model(world)
+    model = tiny_model(world)
     truth = model.autoencoder.encode(2 * images - 1, sample=False)
     model.denoiser = StraightPath(model.denoiser.config, truth)
     assert_close(model.reconstruct(images, steps=7), decoded(model, truth))
@@ -1289,7 +1285,7 @@ def test_euler_steps_reach_the_truth(world):
 
 def discrete_with(world, images, denoiser):
     """A Discrete model, the indices (B, 256) of images, and what stands for its denoiser."""
-    model = small_model(world, "perceiver")
+    model = tiny_model(world, "perceiver")
     indices = model.autoencoder.encode(2 * images - 1).flatten(1)
     model.denoiser = denoiser(indices)
     return model, indices
@@ -1362,7 +1358,7 @@ def test_masked_decoding_keeps_the_surest_tokens(world):
 
 @both_denoisers
 def test_reconstruction_takes_no_part_in_training(world, kind):
-    model = small_model(world, kind).set_stage(2)
+    model = tiny_model(world, kind).set_stage(2)
     modes = [module.training for module in model.modules()]
     images = model.reconstruct(torch.rand(2, 3, 32, 32), steps=2)
     assert not images.requires_grad
@@ -1371,7 +1367,7 @@ def test_reconstruction_takes_no_part_in_training(world, kind):
 
 @both_denoisers
 def test_reconstructions_are_images(world, kind):
-    images = small_model(world, kind).reconstruct(torch.rand(2, 3, 32, 32), steps=2)
+    images = tiny_model(world, kind).reconstruct(torch.rand(2, 3, 32, 32), steps=2)
     assert images.shape == (2, 3, 32, 32)
     assert images.min() >= 0
     assert images.max() <= 1
@@ -1726,9 +1722,7 @@ def layout(module):
 @pytest.fixture(scope="module", params=BACKBONE_SIZES)
 def measured_backbone(request):
     """A backbone at full size, without memory for its weights, measured before and after LoRA."""
-    model = gh.find_backbone(request.param).model
-    with torch.device("meta"):
-        clip = open_clip.create_model(model, device="meta", load_weights=False)
+    clip = copy.deepcopy(full_size(request.param))
     sizes = count_parameters(clip), count_parameters(clip.visual)
     before = layout(clip.visual)
     matrices = gh.inject_lora(clip.visual)
@@ -2007,18 +2001,18 @@ def assert_same_weights(clip, other):
 # The backbones
 # ---------------------------------------------------------------------------------------------
 
-# Name, parameters of the model and of its visual tower, side of an image, patches.
+# Name, side of an image, patches.
 SIX_BACKBONES = [
-    ("openai-l14-224", 427_616_513, 303_966_208, 224, 256),
-    ("openai-l14-336", 427_944_193, 304_293_888, 336, 576),
-    ("metaclip-l14-224", 427_616_513, 303_966_208, 224, 256),
-    ("metaclip-h14-224", 986_109_441, 632_076_800, 224, 256),
-    ("siglip-so400m-224", 877_360_306, 427_680_704, 224, 256),
-    ("siglip-so400m-384", 877_960_498, 428_225_600, 384, 729),
+    ("openai-l14-224", 224, 256),
+    ("openai-l14-336", 336, 576),
+    ("metaclip-l14-224", 224, 256),
+    ("metaclip-h14-224", 224, 256),
+    ("siglip-so400m-224", 224, 256),
+    ("siglip-so400m-384", 384, 729),
 ]
 
 
-@functools.lru_cache
+@lru_cache
 def full_size(name):
     """The model of a backbone without memory for its weights."""
     with torch.device("meta"):
@@ -2026,11 +2020,9 @@ def full_size(name):
         return open_clip.create_model(model, device="meta", load_weights=False)
 
 
-@pytest.mark.parametrize("name, parameters, visual, side, patches", SIX_BACKBONES)
-def test_the_six_backbones_at_full_size(name, parameters, visual, side, patches):
+@pytest.mark.parametrize("name, side, patches", SIX_BACKBONES)
+def test_the_six_backbones_take_their_side_and_see_their_patches(name, side, patches):
     clip = full_size(name)
-    assert sum(p.numel() for p in clip.parameters()) == parameters
-    assert sum(p.numel() for p in clip.visual.parameters()) == visual
     assert gh.image_side(clip.visual) == side
     images = torch.empty(1, 3, side, side, device="meta")
     features = clip.visual.forward_intermediates(images, indices=1, output_fmt="NLC")
@@ -5481,7 +5473,7 @@ def test_arms_that_differ_in_stage_2_alone_share_stage_1(tmp_path, faked):
     assert "--init" not in end_to_end[0]
     for command in commands[1:]:
         if "--stage 1" not in command:
-            assert "--steps 300 --export-every 100 --lr-clip 0.0004" in command
+            assert "--steps 240 --export-every 40 --lr-clip 0.0004" in command
         assert "--seed 0" in command
         assert "--precision" not in command
 
@@ -5531,8 +5523,10 @@ def test_scores_are_those_of_the_evaluation(small_test):
     assert point["margin"] == pytest.approx(np.mean(margins), abs=1e-3)
 
 
-def test_the_test_is_drawn_once(small_test):
-    folder, _ = small_test
+def test_the_test_is_drawn_once(small_test, monkeypatch):
+    folder, test = small_test
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    monkeypatch.setattr(ablate, "draw_part", lambda *_: [(pixels, test["scenes"][0])])
     before = os.stat(folder / "mmvp" / "Questions.csv").st_mtime_ns
     ablate.load_test(str(folder.parent), {"pairs": 4, "images": 60})
     assert os.stat(folder / "mmvp" / "Questions.csv").st_mtime_ns == before

@@ -467,6 +467,7 @@ def build_model(s, device):
         denoiser.grad_checkpointing = True
         visual.set_grad_checkpointing(True)
     if s.compile:
+        warnings.filterwarnings("ignore", ".*lru_cache.*")  # Dynamo traces what it holds: harmless
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
     return core.set_stage(s.stage, not s.no_lora, s.freeze_denoiser)
