@@ -28,7 +28,6 @@ if __name__ == "__main__":
 import csv
 import json
 import math
-import tempfile
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections import namedtuple
@@ -44,7 +43,15 @@ from torchvision.datasets import CIFAR100, SUN397, ImageFolder
 from tqdm import tqdm
 
 from genhancer import BACKBONES, TOY, find_backbone, load_clip
-from vae import Parser, UserError, escape, run_command, write_file, write_json
+from vae import (
+    Parser,
+    UserError,
+    check_writable,
+    escape,
+    run_command,
+    write_file,
+    write_json,
+)
 
 # ---- MMVP-VLM ------------------------------------------------------------------------------------
 
@@ -735,19 +742,6 @@ def check_device(device):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device}: {reason(error)}") from None
-
-
-def check_writable(path):
-    """Notice a file that cannot be written before minutes of evaluation."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"{path} cannot be written: name a file")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.NamedTemporaryFile(prefix=os.path.basename(path), dir=folder).close()
-    except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}): mend its folder or name another"
-        raise UserError(message) from None
 
 
 def run(argv):

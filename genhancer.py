@@ -41,8 +41,8 @@ from vae import (
     find_misfits,
     load_strictly,
     read_weights,
-    write_file,
     write_json,
+    write_text,
     write_weights,
 )
 
@@ -1357,14 +1357,6 @@ def write_hf_tokenizer(folder, context_length):
     write_json(os.path.join(folder, "vocab.json"), vocabulary)
     write_text(os.path.join(folder, "merges.txt"), "\n".join(merges) + "\n")
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
-
-
-def write_text(path, text):
-    def write(part):
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    write_file(path, write)
 
 
 CARD = """---

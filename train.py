@@ -86,7 +86,6 @@ from genhancer import (
     load_clip,
     merge_lora,
     model_card,
-    write_text,
 )
 from vae import (
     PART,
@@ -100,6 +99,7 @@ from vae import (
     run_command,
     write_file,
     write_json,
+    write_text,
     write_weights,
 )
 from vqgan import VQGAN, VQGANConfig, load_vqgan

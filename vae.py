@@ -411,6 +411,19 @@ def holds_floats(value):
 PART = ".part-"  # how the folders begin in which files are written aside
 
 
+def check_writable(path):
+    """Notice a file that cannot be written before minutes of work."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"{path} cannot be written: name a file")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.NamedTemporaryFile(prefix=os.path.basename(path), dir=folder).close()
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}): mend its folder or name another"
+        raise UserError(message) from None
+
+
 def write_file(path, write):
     """Write a file so that `path` always holds all of its old content or all of its new.
 
@@ -439,12 +452,16 @@ def write_file(path, write):
         raise UserError(f"{path} could not be written ({reason}): {advice}") from None
 
 
-def write_json(path, content):
+def write_text(path, text):
     def write(part):
-        with open(part, "w") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
 
     write_file(path, write)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_weights(path, tensors, metadata=None):

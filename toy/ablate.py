@@ -34,7 +34,7 @@ sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find th
 from eval_mmvp import ImageFiles, check_zeroshot, encode_texts, read_benchmark
 from genhancer import load_clip
 from toy.make_toy import PATTERNS, VALUES, draw_part, write_benchmark, write_classes
-from vae import Parser, UserError, run_command, write_file, write_json
+from vae import Parser, UserError, run_command, write_json, write_text
 
 # ---- The design ----------------------------------------------------------------------------------
 
@@ -327,14 +327,6 @@ def write_csv(path, cells):
         with open(cell) as file:
             writer.writerows(json.load(file))
     write_text(path, text.getvalue())
-
-
-def write_text(path, text):
-    def write(part):
-        with open(part, "w") as file:
-            file.write(text)
-
-    write_file(path, write)
 
 
 def read_csv(path):

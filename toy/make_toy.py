@@ -52,6 +52,7 @@ from vae import (
     AutoEncoderConfig,
     Parser,
     UserError,
+    check_writable,
     run_command,
     write_weights,
 )
@@ -745,17 +746,6 @@ def run(argv):
         train_vae(path, steps)
     else:
         train_vqgan(path, steps)
-
-
-def check_writable(path):
-    """Notice a folder that cannot be written before minutes of training."""
-    folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"{path} cannot be written ({error.strerror})"
-        raise UserError(f"{reason}: name another --out") from None
 
 
 def main(argv=None):
