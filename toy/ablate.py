@@ -1,6 +1,6 @@
 """The paper's findings in miniature: each claim is an arm that is compared with its reference.
 
-    python toy/ablate.py --quick             # one CLIP, four arms, a small test: 10 minutes
+    python toy/ablate.py --quick             # one CLIP, four arms, a small test: 6 minutes
     python toy/ablate.py                     # the grid, in hours; the same command goes on
     python toy/ablate.py --arms "local .5"   # one row of the table, with its reference
     python toy/ablate.py --report            # the tables and the figure, from toy/ablation.csv
@@ -583,8 +583,10 @@ def print_attributes(curves):
     """Pairs, and a linear probe on [CLS], by attribute: before and after, means over CLIPs."""
     for name in ("rf", "all captions"):
         own = find(curves, name)
+        if not own:
+            continue
         rows = []
-        for attribute in VALUES if own else ():
+        for attribute in VALUES:
             row = [attribute]
             for measure in (attribute, f"probe {attribute}"):
                 for end in (0, -1):
