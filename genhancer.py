@@ -11,11 +11,12 @@
 
 Conventions: t = 0 is data and t = 1 is noise. A mask is True where a token is hidden and must be
 predicted. [CLS] is what the visual tower returns: CLIP's class token after ln_post and visual.proj,
-not normalised; of SigLIP, which has none, the attention pool's output (Sec. 5.4). Local tokens are
-taken before that projection.
+not normalised. SigLIP has no class token: there [CLS] is the attention pool's output (Sec. 5.4).
+Local tokens are taken before that projection.
 
-Eq. 5's penalty on the drift of the visual tower is no term of the loss: stage 1, LoRA and the small
-learning rate of stage 2 stand for it. The loop (Algorithms 1, 2) is train_stage in train.py.
+Eq. 5's penalty on the drift of the visual tower is no term of the loss. Stage 1, LoRA and the small
+learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage in train.py, and so
+are the optimizer and its settings (App. B).
 """
 import json
 import logging
@@ -87,7 +88,7 @@ class GenHancer(nn.Module):
     vector that modulates it (both are FLUX's names). Random draws come from torch's default
     generators: Discrete's masks in training from the CPU's, all others from the device's.
     """
-    token_side = 1  # a token of the denoiser covers 1 x 1 of what the autoencoder gives
+    token_side = 1  # a token of the denoiser covers 1 x 1 cells of the autoencoder's output
 
     def __init__(self, visual, autoencoder, denoiser, projector_widths, local_ratio):
         super().__init__()
@@ -101,8 +102,12 @@ class GenHancer(nn.Module):
         with torch.no_grad():  # the widths are read off the model
             cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.num_locals = round(local_ratio * patches.shape[1])
-        self.clip_grid = math.isqrt(patches.shape[1])  # CLIP's patches along a side
-        self.denoiser_grid = side // autoencoder.factor // self.token_side  # the denoiser's tokens
+        if local_ratio > 0 and self.num_locals == 0:
+            raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
+                            "tokens: give a higher one, or 0")
+        self.clip_grid = math.isqrt(patches.shape[1])        # CLIP's patches along a side
+        self.clip_patch = side // self.clip_grid             # the side of a patch, in pixels
+        self.token = autoencoder.factor * self.token_side    # of a token of the denoiser, in pixels
 
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -120,7 +125,8 @@ class GenHancer(nn.Module):
         stage 1:     projectors and denoiser; CLIP is frozen.
         stage 2:     LoRA on the visual tower (without `lora` all of the tower, Fig. 8), projectors
                      and denoiser (with `freeze_denoiser` not these two, Fig. 9).
-        stage "e2e": as stage 2, for a model that has not been through stage 1 (Fig. 6).
+        stage "e2e": as stage 2 without `freeze_denoiser`, but nothing has been through stage 1
+                     (Fig. 6).
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
@@ -151,10 +157,10 @@ class GenHancer(nn.Module):
             return self.visual(x), None
 
     def choose_locals(self, patches):
-        """Fig. 5: patch tokens (B, L, W) -> random ones (B, num_locals, context), their positions.
+        """Fig. 5: patch tokens (B, L, W) -> some of them, projected, and their positions.
 
-        They are drawn anew at each call. A position (B, num_locals, 2) is a patch's (row, column)
-        on the denoiser's grid.
+        (B, num_locals, width of the context), and (B, num_locals, 2): a patch's (row, column) on
+        the denoiser's grid. They are drawn anew at each call. The paper says nothing of positions.
         """
         order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)
         chosen = order[:, :self.num_locals]                               # (B, num_locals)
@@ -162,7 +168,7 @@ class GenHancer(nn.Module):
         tokens = self.projectors["local"](patches.gather(1, index))
         row_column = torch.stack([chosen // self.clip_grid, chosen % self.clip_grid], dim=-1)
         # A patch's centre, in tokens of the denoiser, whose own centres are at 0, 1, 2, ...
-        position = (row_column + 0.5) * self.denoiser_grid / self.clip_grid - 0.5
+        position = (row_column + 0.5) * self.clip_patch / self.token - 0.5
         return tokens, position
 
 
@@ -197,8 +203,8 @@ class Continuous(GenHancer):
             return {"context": context, "vec": vec}
         tokens, position = self.choose_locals(patches)
         context = torch.cat([context, tokens], dim=1)                     # (B, 1 + n, 4096)
-        context_ids = F.pad(position, (1, 0))            # (0, row, column)
-        context_ids = F.pad(context_ids, (0, 0, 1, 0))   # [CLS] comes first, at zero
+        context_ids = position.new_zeros(*context.shape[:2], 3)           # [CLS] stays at zero
+        context_ids[:, 1:, 1:] = position                                 # (0, row, column)
         return {"context": context, "vec": vec, "context_ids": context_ids}
 
     def forward(self, images, condition_images=None):
@@ -260,7 +266,7 @@ class Discrete(GenHancer):
         indices = self.autoencoder.encode(2 * images - 1).flatten(1)      # (B, N)
         # Masks are drawn on the CPU: to count masked tokens on a GPU would be to wait for it.
         mask = sample_masks(*indices.shape, *self.mask_ratio)                     # (B, N)
-        logits = self.denoiser(indices, mask, context)                    # (masked, codes)
+        logits = self.denoiser(indices, mask, context)                    # (M, K)
         losses = masked_token_loss(logits, indices, mask)                          # Eq. 4
         return losses, mask.float().mean(1).to(images.device, non_blocking=True)
 
@@ -298,7 +304,7 @@ class Discrete(GenHancer):
             still_masked = int(start * math.cos(math.pi / 2 * step / steps))
             confidence = logits.log_softmax(-1).gather(1, choice[:, None])[:, 0]
             uniform = torch.rand_like(confidence).clamp_min(1e-9)
-            gumbel = -torch.log(-torch.log(uniform))  # its share fades: early choices vary most
+            gumbel = -torch.log(-torch.log(uniform))  # early choices vary most: it fades to 0
             confidence = confidence + temperature * (1 - step / steps) * gumbel
             scores = torch.full(mask.shape, -torch.inf, device=mask.device)
             scores = scores.masked_scatter(mask, confidence)
@@ -360,26 +366,27 @@ def sample_masks(b, n, low, high, generator=None, device=None):
     """
     ratio = low + (high - low) * torch.rand(b, 1, generator=generator, device=device)
     count = (ratio * n).round().clamp(min=1)
-    place = torch.rand(b, n, generator=generator, device=device).argsort(dim=1)  # in random order
+    place = torch.rand(b, n, generator=generator, device=device).argsort(dim=1)  # a permutation
     return place < count
 
 
 def masked_token_loss(logits, indices, mask):
     """Eq. 4, which is Eq. 2 for masked tokens: - log p(s_i | unmasked tokens, condition), (B,).
 
-    Its sum is divided by the number of masked tokens, so that every image counts alike.
-    logits (mask.sum(), K) as Perceiver.forward returns them, indices (B, N), mask (B, N).
+    An image's sum is divided by the number of its masked tokens, so that every image counts alike.
+    logits (M, K) as Perceiver.forward returns them, indices (B, N), mask (B, N).
     """
     masked = masked_positions(mask, logits.device)
     count = mask.sum(1).to(logits.device, non_blocking=True)              # (B,)
     targets = indices.flatten().index_select(0, masked)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")   # (masked,)
-    per_token = torch.zeros(mask.numel(), device=logits.device).scatter(0, masked, losses)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")   # (M,)
+    zeros = torch.zeros(mask.numel(), device=logits.device)
+    per_token = zeros.scatter(0, masked, losses)                          # (B * N,)
     return per_token.view(mask.shape).sum(1) / count
 
 
 def masked_positions(mask, device):
-    """Where a mask is True, as flat indices on `device`; with a CPU mask nothing is waited for."""
+    """Where a mask is True: flat indices (M,) on `device`. With a CPU mask no GPU is waited for."""
     return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
 
 
@@ -434,7 +441,7 @@ def merge_lora(visual):
     Afterwards the modules' types and the names in the state dict are those of before inject_lora.
     """
     for name, child in list(visual.named_children()):
-        if isinstance(child, LoRAProj):  # a LoRALinear too
+        if isinstance(child, LoRAProj):  # which is a LoRALinear: merged below
             delattr(visual, name)  # a module gives way to a Parameter
         if isinstance(child, (LoRAAttention, LoRALinear)):
             setattr(visual, name, child.merge())
@@ -579,52 +586,55 @@ class Flux(nn.Module):
         context_ids (B, L, 3): rotary positions of the context tokens, (0, row, column) in patches;
         zeros by default.
         """
-        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        rows, columns = latents.shape[2] // 2, latents.shape[3] // 2      # of patches
         n = context.shape[1]
         if context_ids is None:
             context_ids = torch.zeros(1, n, 3, device=latents.device)
-        rotary = self.rotary(context_ids, height, width)
+        rotary = self.rotary_tables(context_ids, rows, columns)
         img = self.img_in(patchify(latents))                              # (B, N, hidden)
         txt = self.txt_in(context)                                        # (B, L, hidden)
-        cond = self.embed_time(t, guidance) + self.vector_in(vec)         # (B, hidden)
+        modulation = self.embed_time(t, guidance) + self.vector_in(vec)   # (B, hidden)
 
         for block in self.double_blocks:
-            img, txt = run_block(self, block, img, txt, cond, rotary)
+            img, txt = run_block(self, block, img, txt, modulation, rotary)
         x = torch.cat([txt, img], dim=1)                                  # (B, L + N, hidden)
         for block in self.single_blocks:
-            x = run_block(self, block, x, cond, rotary)
-        return unpatchify(self.final_layer(x[:, n:], cond), height, width)
+            x = run_block(self, block, x, modulation, rotary)
+        return unpatchify(self.final_layer(x[:, n:], modulation), rows, columns)
 
     def embed_time(self, t, guidance):
         """t (B,) and the guidance -> (B, hidden), in float32 as the sinusoids of 1000 t need."""
         with torch.autocast(t.device.type, enabled=False):
-            cond = self.time_in(timestep_embedding(t))
+            x = self.time_in(timestep_embedding(t))
             if self.config.guidance_embed:
-                cond = cond + self.guidance_in(timestep_embedding(torch.full_like(t, guidance)))
-        return cond
+                x = x + self.guidance_in(timestep_embedding(torch.full_like(t, guidance)))
+        return x
 
-    def rotary(self, context_ids, height, width):
+    def rotary_tables(self, context_ids, rows, columns):
         """Rotary cosines and sines of context tokens and patches, each (B, 1, L + N, D/2)."""
         axes_dim = tuple(self.config.axes_dim)
         theta = self.config.theta
         context = rotary_table(context_ids, axes_dim, theta)                      # two (B, L, D/2)
-        image = image_rotary_table(height, width, axes_dim, theta, context_ids.device)
-        return [torch.cat([c, i.expand(len(c), -1, -1)], dim=1)[:, None]
-                for c, i in zip(context, image, strict=True)]
+        image = image_rotary_table(rows, columns, axes_dim, theta, context_ids.device)
+        tables = []
+        for of_context, of_image in zip(context, image, strict=True):  # cosines, then sines
+            of_image = of_image.expand(len(of_context), -1, -1)
+            tables.append(torch.cat([of_context, of_image], dim=1)[:, None])
+        return tables
 
 
 def patchify(latents):
-    """(B, C, 2 height, 2 width) -> (B, height * width, 4 C)."""
+    """(B, C, 2 rows, 2 columns) -> (B, rows * columns, 4 C)."""
     b, c, h, w = latents.shape
     patches = latents.reshape(b, c, h // 2, 2, w // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def unpatchify(tokens, height, width):
-    """(B, height * width, 4 C) -> (B, C, 2 height, 2 width)."""
+def unpatchify(tokens, rows, columns):
+    """(B, rows * columns, 4 C) -> (B, C, 2 rows, 2 columns)."""
     b, _, c4 = tokens.shape
-    patches = tokens.reshape(b, height, width, c4 // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c4 // 4, 2 * height, 2 * width)
+    patches = tokens.reshape(b, rows, columns, c4 // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c4 // 4, 2 * rows, 2 * columns)
 
 
 def timestep_embedding(t, dim=256, max_period=10_000):
@@ -647,11 +657,10 @@ def rotary_table(ids, axes_dim, theta):
 
 
 @lru_cache(maxsize=16)  # computed once for each size
-def image_rotary_table(height, width, axes_dim, theta, device):
-    """The rotary table of height x width patches: two (N, D/2)."""
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
+def image_rotary_table(rows, columns, axes_dim, theta, device):
+    """The rotary table of rows x columns patches: two (N, D/2)."""
+    steps = [torch.arange(count, device=device) for count in (rows, columns)]
+    row, column = torch.meshgrid(*steps, indexing="ij")
     ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)  # (N, 3)
     return rotary_table(ids, axes_dim, theta)
 
@@ -675,20 +684,20 @@ def attend(q, k, v, rotary):
 
 
 def modulate(x, shift, scale):
-    """AdaLN: a LayerNorm without weights of its own; shift and scale come from the condition."""
+    """AdaLN: a LayerNorm without weights of its own; shift and scale come from a Modulation."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Modulation(nn.Module):
-    """The condition (B, hidden) -> n vectors (B, 1, hidden): shifts, scales and gates."""
+    """The modulation vector (B, hidden) -> n vectors (B, 1, hidden): shifts, scales and gates."""
 
     def __init__(self, hidden, n):
         super().__init__()
         self.n = n
         self.lin = nn.Linear(hidden, n * hidden)
 
-    def forward(self, cond):
-        return self.lin(F.silu(cond))[:, None].chunk(self.n, dim=-1)
+    def forward(self, vec):
+        return self.lin(F.silu(vec))[:, None].chunk(self.n, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -704,9 +713,10 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads, config.qkv_bias)
         self.txt_mlp = mlp(hidden, config.mlp_ratio)
 
-    def forward(self, img, txt, cond, rotary):
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(cond)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(cond)
+    def forward(self, img, txt, modulation, rotary):
+        img_mod, txt_mod = self.img_mod(modulation), self.txt_mod(modulation)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
         img_q, img_k, img_v = self.img_attn.qkv_heads(modulate(img, img_shift1, img_scale1))
         txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulate(txt, txt_shift1, txt_scale1))
 
@@ -737,8 +747,8 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // config.num_heads)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x, cond, rotary):
-        shift, scale, gate = self.modulation(cond)
+    def forward(self, x, modulation, rotary):
+        shift, scale, gate = self.modulation(modulation)
         qkv, wide = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = self.norm(*split_heads(qkv, self.heads))
         attn = attend(q, k, v, rotary)
@@ -753,8 +763,8 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x, cond):
-        shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
+    def forward(self, x, modulation):
+        shift, scale = self.adaLN_modulation(modulation)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))
 
 
@@ -797,7 +807,7 @@ class RMSNorm(nn.Module):
 
 
 class MLPEmbedder(nn.Module):
-    """Embeds a vector of the condition: (B, in_dim) -> (B, hidden)."""
+    """Embeds the timestep, the guidance or [CLS] for the modulation: (B, in_dim) -> (B, hidden)."""
 
     def __init__(self, in_dim, hidden):
         super().__init__()
@@ -838,10 +848,10 @@ class Perceiver(nn.Module):
     """The discrete denoiser (Sec. 4.4, Fig. 3c): masked tokens from the unmasked ones and [CLS].
 
     The paper's queries are "the unmasked tokens"; its keys and values are these and [CLS]. Where it
-    is silent, this is our choice: masked positions stay in the sequence as one learned [MASK]
-    vector, since a query is needed wherever a token is predicted; a token enters as its frozen
-    codebook vector, at unit scale, through a linear layer, plus a fixed 2-D sin-cos position; the
-    width is 1024; pre-norm.
+    is silent, this is our choice. Masked positions stay in the sequence as one learned [MASK]
+    vector, since a query is needed wherever a token is predicted; so they are keys and values too.
+    A token enters as its frozen codebook vector, at unit scale, through a linear layer, plus a
+    fixed 2-D sin-cos position. The width is 1024; pre-norm.
     """
 
     def __init__(self, config, codebook):
@@ -858,7 +868,7 @@ class Perceiver(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, indices, mask, context):
-        """Logits (mask.sum(), n_embed) of the masked positions, in row-major order.
+        """Logits (M, K) of the M masked positions of all images, in row-major order; K codes.
 
         indices (B, N); the masked ones are not read. mask (B, N) bool, on the host or on the
         model's device. context (B, L, width).

@@ -1219,6 +1219,18 @@ def test_local_tokens_of_the_perceiver_carry_the_sincos_position_of_their_patch(
 
 
 @torch.no_grad()
+def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world):
+    """Of 384 pixels, 27 patches of 14 cover 378."""
+    model = tiny_model(world, "rf", local_ratio=1.0)
+    width = model.projectors["local"][0].normalized_shape[0]
+    model.num_locals = 27 * 27
+    model.clip_grid, model.clip_patch, model.token = 27, 14, 16
+    _, position = model.choose_locals(torch.rand(1, 27 * 27, width))
+    assert position.max().item() == (26 * 14 + 7) / 16 - 0.5
+    assert position.min().item() == 7 / 16 - 0.5
+
+
+@torch.no_grad()
 def test_cls_lies_at_the_rotary_origin(world):
     condition = tiny_model(world, "rf", local_ratio=0.5).condition(torch.rand(2, 3, 32, 32))
     assert (condition["context_ids"][:, 0] == 0).all()
@@ -1239,6 +1251,11 @@ def test_each_image_draws_its_own_local_tokens_without_repetition(world):
 def test_the_local_ratio_is_a_share_of_the_patches(world, ratio, tokens):
     model = tiny_model(world, "perceiver", local_ratio=ratio)
     assert model.condition(torch.rand(1, 3, 32, 32)).shape == (1, 1 + tokens, 32)
+
+
+def test_a_local_ratio_of_no_patch_is_refused(world):
+    with pytest.raises(UserError, match="0.01 is none of 16 patch tokens"):
+        tiny_model(world, "rf", local_ratio=0.01)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3709,6 +3726,7 @@ def test_a_rank_that_dies_is_one_line(world, tmp_path):
     (["--workers", "100000"], "--workers: 100000 is out of range"),
     (["--local-ratio", "2"], "--local-ratio: 2 is out of range"),
     (["--mask-ratio", "0.9", "0.5"], "the low end comes first"),
+    (["--stage", "e2e", "--freeze-denoiser"], "--freeze-denoiser belongs to stage 2"),
     (["--mask-ratio", "0", "0.5"], "--mask-ratio: 0 is out of range"),
     (["--mask-ratio", "0.5", "1.5"], "--mask-ratio: 1.5 is out of range"),
     (["--clip-weights", "nowhere.pt"], "CLIP weights not found at '?nowhere.pt"),
@@ -3776,6 +3794,14 @@ def mistaken(world):
 def test_a_run_goes_on_with_its_own_settings_only(world, stub_run, capsys, more, says):
     more = [str(setting).replace("WORLD", str(world)) for setting in more]
     assert re.search(says, refusal(capsys, train_stub, world, stub_run, *more))
+
+
+def test_a_clip_without_vision_transformer_is_refused(world, tmp_path, monkeypatch, capsys):
+    clip = gh.load_clip("toy", random=True)[0]
+    clip.visual = open_clip.modified_resnet.ModifiedResNet((1, 1, 1, 1), 64, 1, width=8)
+    monkeypatch.setattr(train, "load_clip", lambda *_: (clip, None, None))
+    line = refusal(capsys, train.main, arguments(world, tmp_path, "--stage", 1))
+    assert "tiny-clip is neither a CLIP nor a SigLIP with vision transformers" in line
 
 
 def test_another_kind_of_run_in_the_same_folder_is_refused(world, stub_run, capsys):

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 8 train.py --stage 2 --denoiser rf
     python train.py --preset toy        # everything in miniature on a laptop, nothing to download
 
-The same command resumes a run that was stopped or killed, to the same bits with as many processes
-and threads: the order of the images and all random draws follow from (seed, step, slot), where
-slot = micro * WORLD + RANK numbers a step's micro-batches.
+The same command resumes a run that was stopped or killed. The order of the images and all random
+draws follow from (seed, step, slot), where slot = micro * WORLD + RANK numbers a step's
+micro-batches. So on a CPU, with as many processes and threads, the run ends in the same bits.
 """
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import datetime
 import fcntl
+import gc
 import glob
 import hashlib
 import io
@@ -81,6 +82,7 @@ from genhancer import (
     PerceiverConfig,
     export_hf,
     find_backbone,
+    hf_config,
     image_side,
     inject_lora,
     load_clip,
@@ -304,6 +306,7 @@ def run(argv):
     try:
         for s in settings:
             train_stage(s, device)
+            gc.collect()  # DDP refers to itself, and would keep a stage's model beside the next
     except RuntimeError as error:
         reason = explain(error)
         if reason is None:
@@ -345,7 +348,7 @@ def train_stage(s, device):
             seed_draws("noise", s.seed, step, micro * WORLD + RANK)
             with reducing(s, model, micro):
                 with autocast(s, device):
-                    losses, levels = model(images, condition_images)     # Eq. 3 or Eq. 4, each (B,)
+                    losses, levels = model(images, condition_images)  # Eq. 3 or 4, each (B,)
                 (losses.mean() / s.accum).backward()
             log.add(losses.detach(), levels, skipped)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.clip_grad)
@@ -470,6 +473,7 @@ def build_model(s, device):
         warnings.filterwarnings("ignore", ".*lru_cache.*")  # Dynamo traces what it holds: harmless
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
+    # Stage 1: freezes CLIP. Stages 2 and e2e: injects LoRA.
     return core.set_stage(s.stage, not s.no_lora, s.freeze_denoiser)
 
 
@@ -545,7 +549,7 @@ def start_processes():
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     else:
         device = torch.device("cpu")
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU obeys; its backward is slow
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too: its backward is slow
     if "RANK" in os.environ:
         nccl = device.type == "cuda"
         dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(minutes=30),
@@ -570,8 +574,8 @@ def shard(s, core):
     """FSDP2 over what trains; FLUX's blocks are gathered in bf16 and reduced in float32."""
     frozen = {p for p in core.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if s.precision == "bf16" else None
-    lean = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for name, policy in (("double_blocks", lean), ("single_blocks", lean),
+    in_bf16 = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for name, policy in (("double_blocks", in_bf16), ("single_blocks", in_bf16),
                          ("layers", MixedPrecisionPolicy())):
         for block in getattr(core.denoiser, name, ()):
             fully_shard(block, ignored_params=frozen, mp_policy=policy)
@@ -1242,9 +1246,19 @@ def check(s, compares):
         for task in s.zeroshot:
             check_zeroshot(*task.partition(":")[::2])
     check_start(s)
-    tokenizer = load_clip(s.backbone, s.clip_weights)[2]  # may download: once for the machine
+    clip, _, tokenizer = load_clip(s.backbone, s.clip_weights)  # may download: once for the machine
+    check_export(s, clip)
     if compares:
         tokenizer(["a photo"])  # SigLIP's may be missing
+
+
+def check_export(s, clip):
+    """The enhanced CLIP must fit into HuggingFace's format."""
+    try:
+        hf_config(clip)
+    except (AttributeError, KeyError):
+        raise UserError(f"{s.backbone} is neither a CLIP nor a SigLIP with vision transformers: "
+                        "choose another backbone") from None
 
 
 def check_values(s):
@@ -1258,6 +1272,8 @@ def check_values(s):
     if s.shuffle_target and s.batch_size < 2:
         raise UserError("--shuffle-target takes another image of the micro-batch: give "
                         "--batch-size 2 or more")
+    if s.freeze_denoiser and s.stage == "e2e":
+        raise UserError("--freeze-denoiser belongs to stage 2: end to end, it is not yet trained")
     if s.shard and "RANK" not in os.environ:
         raise UserError("--shard shares the model among processes: start it with torchrun")
     if s.preset == "bench" and (s.steps or 0) < 2 * s.log_every:

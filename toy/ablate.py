@@ -13,6 +13,7 @@ import csv
 import fcntl
 import io
 import json
+import logging
 import math
 import os
 import subprocess
@@ -139,6 +140,7 @@ ENVIRONMENT = {
 def run_grid(out, plan, jobs):
     """Train and score what is missing in `out`, `jobs` runs at a time, and write ablation.csv."""
     torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every CLIP that is scored
     phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: the command for it}
     cells = {}  # the cell's file: the arm's name, the CLIP, and {step: exported CLIP}
     for name in plan["arms"]:
@@ -273,7 +275,9 @@ def score(test, weights):
     clip, _, tokenizer = load_clip("toy", weights)
 
     def encode(images):
-        return torch.cat([clip.encode_image(x, normalize=True) for x in images.split(250)])
+        fits_the_cache = 50
+        batches = images.split(fits_the_cache)
+        return torch.cat([clip.encode_image(x, normalize=True) for x in batches])
 
     distinct, which = np.unique(test["statements"], return_inverse=True)
     texts = encode_texts(clip, tokenizer, distinct.tolist(), 64)[which]
