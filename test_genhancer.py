@@ -3257,10 +3257,6 @@ def flip_a_bit(path):
     spoil(path, len(content) // 2, bytes([content[len(content) // 2] ^ 1]))
 
 
-def flip_the_last_bit(path):
-    spoil(path, path.stat().st_size - 2, bytes([path.read_bytes()[-2] ^ 1]))
-
-
 def zero_the_second_half(path):
     size = path.stat().st_size
     spoil(path, size // 2, bytes(size - size // 2))
@@ -3291,8 +3287,8 @@ def give_another_step(path):
     path.write_text(path.read_text().replace('"step": 6', '"step": 4'))
 
 
-DAMAGES = [flip_a_bit, flip_the_last_bit, zero_the_second_half, zero_all, cut_the_end, empty,
-           os.remove, rename_a_key, replace_by_a_list]
+DAMAGES = [flip_a_bit, zero_the_second_half, cut_the_end, empty, os.remove, rename_a_key,
+           replace_by_a_list]
 TENSORS_DAMAGES = [("step-00000006.safetensors", damage) for damage in DAMAGES]
 JSON_DAMAGES = [("step-00000006.json", damage) for damage in [*DAMAGES, give_another_step]]
 
@@ -4730,6 +4726,7 @@ def test_the_toy_preset_draws_the_world_and_takes_its_defaults_there(monkeypatch
 def assert_command_ends_in_one_line(capsys, arguments, *words):
     with pytest.raises(SystemExit) as stop:
         run_eval(*arguments)
+    forget(stop)
     printed = capsys.readouterr().err
     assert stop.value.code == 2
     assert printed.count("\n") == 1
@@ -5515,8 +5512,8 @@ def test_arms_that_differ_in_stage_2_alone_share_stage_1(tmp_path, faked):
 
 def test_a_command_that_fails_names_its_log(tmp_path):
     with pytest.raises(UserError, match="world.log"):
-        ablate.call(["toy/make_toy.py", "--nonsense"], str(tmp_path / "world.log"))
-    assert "--nonsense" in (tmp_path / "world.log").read_text()
+        ablate.call(["-c", "raise SystemExit('no room')"], str(tmp_path / "world.log"))
+    assert "no room" in (tmp_path / "world.log").read_text()
 
 
 def test_after_an_error_no_further_run_begins():
