@@ -105,9 +105,9 @@ class GenHancer(nn.Module):
         if local_ratio > 0 and self.num_locals == 0:
             raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
                             "tokens: give a higher one, or 0")
-        self.clip_grid = math.isqrt(patches.shape[1])        # CLIP's patches along a side
-        self.clip_patch = side // self.clip_grid             # the side of a patch, in pixels
-        self.token = autoencoder.factor * self.token_side    # of a token of the denoiser, in pixels
+        self.clip_grid = math.isqrt(patches.shape[1])  # CLIP's patches along a side
+        self.patch_pixels = side // self.clip_grid
+        self.token_pixels = autoencoder.factor * self.token_side
 
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -168,7 +168,7 @@ class GenHancer(nn.Module):
         tokens = self.projectors["local"](patches.gather(1, index))
         row_column = torch.stack([chosen // self.clip_grid, chosen % self.clip_grid], dim=-1)
         # A patch's centre, in tokens of the denoiser, whose own centres are at 0, 1, 2, ...
-        position = (row_column + 0.5) * self.clip_patch / self.token - 0.5
+        position = (row_column + 0.5) * self.patch_pixels / self.token_pixels - 0.5
         return tokens, position
 
 
@@ -304,7 +304,7 @@ class Discrete(GenHancer):
             still_masked = int(start * math.cos(math.pi / 2 * step / steps))
             confidence = logits.log_softmax(-1).gather(1, choice[:, None])[:, 0]
             uniform = torch.rand_like(confidence).clamp_min(1e-9)
-            gumbel = -torch.log(-torch.log(uniform))  # early choices vary most: it fades to 0
+            gumbel = -torch.log(-torch.log(uniform))  # it fades with the steps
             confidence = confidence + temperature * (1 - step / steps) * gumbel
             scores = torch.full(mask.shape, -torch.inf, device=mask.device)
             scores = scores.masked_scatter(mask, confidence)
@@ -593,14 +593,14 @@ class Flux(nn.Module):
         rotary = self.rotary_tables(context_ids, rows, columns)
         img = self.img_in(patchify(latents))                              # (B, N, hidden)
         txt = self.txt_in(context)                                        # (B, L, hidden)
-        modulation = self.embed_time(t, guidance) + self.vector_in(vec)   # (B, hidden)
+        embedding = self.embed_time(t, guidance) + self.vector_in(vec)    # (B, hidden)
 
         for block in self.double_blocks:
-            img, txt = run_block(self, block, img, txt, modulation, rotary)
+            img, txt = run_block(self, block, img, txt, embedding, rotary)
         x = torch.cat([txt, img], dim=1)                                  # (B, L + N, hidden)
         for block in self.single_blocks:
-            x = run_block(self, block, x, modulation, rotary)
-        return unpatchify(self.final_layer(x[:, n:], modulation), rows, columns)
+            x = run_block(self, block, x, embedding, rotary)
+        return unpatchify(self.final_layer(x[:, n:], embedding), rows, columns)
 
     def embed_time(self, t, guidance):
         """t (B,) and the guidance -> (B, hidden), in float32 as the sinusoids of 1000 t need."""
@@ -689,15 +689,15 @@ def modulate(x, shift, scale):
 
 
 class Modulation(nn.Module):
-    """The modulation vector (B, hidden) -> n vectors (B, 1, hidden): shifts, scales and gates."""
+    """t, guidance and [CLS] embedded (B, hidden) -> n shifts, scales and gates (B, 1, hidden)."""
 
     def __init__(self, hidden, n):
         super().__init__()
         self.n = n
         self.lin = nn.Linear(hidden, n * hidden)
 
-    def forward(self, vec):
-        return self.lin(F.silu(vec))[:, None].chunk(self.n, dim=-1)
+    def forward(self, embedding):
+        return self.lin(F.silu(embedding))[:, None].chunk(self.n, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -713,8 +713,8 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads, config.qkv_bias)
         self.txt_mlp = mlp(hidden, config.mlp_ratio)
 
-    def forward(self, img, txt, modulation, rotary):
-        img_mod, txt_mod = self.img_mod(modulation), self.txt_mod(modulation)
+    def forward(self, img, txt, embedding, rotary):
+        img_mod, txt_mod = self.img_mod(embedding), self.txt_mod(embedding)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
         img_q, img_k, img_v = self.img_attn.qkv_heads(modulate(img, img_shift1, img_scale1))
@@ -747,8 +747,8 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // config.num_heads)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x, modulation, rotary):
-        shift, scale, gate = self.modulation(modulation)
+    def forward(self, x, embedding, rotary):
+        shift, scale, gate = self.modulation(embedding)
         qkv, wide = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = self.norm(*split_heads(qkv, self.heads))
         attn = attend(q, k, v, rotary)
@@ -763,8 +763,8 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x, modulation):
-        shift, scale = self.adaLN_modulation(modulation)[:, None].chunk(2, dim=-1)
+    def forward(self, x, embedding):
+        shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))
 
 
@@ -807,7 +807,7 @@ class RMSNorm(nn.Module):
 
 
 class MLPEmbedder(nn.Module):
-    """Embeds the timestep, the guidance or [CLS] for the modulation: (B, in_dim) -> (B, hidden)."""
+    """Embeds the timestep, the guidance or [CLS]: (B, in_dim) -> (B, hidden)."""
 
     def __init__(self, in_dim, hidden):
         super().__init__()

@@ -1224,7 +1224,7 @@ def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world):
     model = tiny_model(world, "rf", local_ratio=1.0)
     width = model.projectors["local"][0].normalized_shape[0]
     model.num_locals = 27 * 27
-    model.clip_grid, model.clip_patch, model.token = 27, 14, 16
+    model.clip_grid, model.patch_pixels, model.token_pixels = 27, 14, 16
     _, position = model.choose_locals(torch.rand(1, 27 * 27, width))
     assert position.max().item() == (26 * 14 + 7) / 16 - 0.5
     assert position.min().item() == 7 / 16 - 0.5

@@ -574,8 +574,8 @@ def shard(s, core):
     """FSDP2 over what trains; FLUX's blocks are gathered in bf16 and reduced in float32."""
     frozen = {p for p in core.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if s.precision == "bf16" else None
-    in_bf16 = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for name, policy in (("double_blocks", in_bf16), ("single_blocks", in_bf16),
+    mixed = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for name, policy in (("double_blocks", mixed), ("single_blocks", mixed),
                          ("layers", MixedPrecisionPolicy())):
         for block in getattr(core.denoiser, name, ()):
             fully_shard(block, ignored_params=frozen, mp_policy=policy)
