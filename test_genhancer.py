@@ -5206,6 +5206,13 @@ def test_intervals_are_students(freedom, t):
     assert x.p(1) == pytest.approx(0.05, rel=2e-3)
 
 
+def test_two_looks_share_the_5_percent():
+    assert ablate.half_width(2.0, 10, looks=2) == pytest.approx(2 * 2.634, rel=3e-4)
+    x = ablate.Difference(mean=2.634, error=1.0, freedom=10, clips=6, effect=0.0, looks=2)
+    assert x.p(0) == pytest.approx(0.05, rel=2e-3)
+    assert x.p(2.634) == 1
+
+
 def test_p_is_students_far_out_too():
     x = ablate.Difference(mean=4.0, error=1.0, freedom=2, clips=3, effect=0.0)
     assert x.p(0) == pytest.approx(1 - 4 / math.sqrt(2 + 16), rel=1e-3)  # the closed form of 2
