@@ -610,7 +610,7 @@ COLOURS = {  # in the figure, on its own white page
     "local .5": "#b3141f",
     "end to end": "#8a4600",
     "uniform t": "#116329",
-    "direct": "#24292f",
+    "direct": "#57606a",
 }
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 440" \
 font-family="Helvetica, Arial, sans-serif" font-size="14">
@@ -619,8 +619,8 @@ font-family="Helvetica, Arial, sans-serif" font-size="14">
 <rect width="740" height="440" rx="8" fill="#ffffff"/>
 <rect x="{band}" y="50" width="{width}" height="330" fill="#e3ebf5"/>
 <text x="{band}" y="44">compared from 99 to 97 %</text>
-<text x="14" y="22">points of pair accuracy gained along stage 2, with 95 % intervals</text>
-<text x="305" y="428" text-anchor="middle">zero-shot accuracy kept, % of the original's</text>
+<text x="14" y="22">pair accuracy gained, points (a bar: a saved CLIP with its 95 % interval)</text>
+<text x="305" y="428" text-anchor="middle">zero-shot accuracy kept, % (less to the right)</text>
 <text x="565" y="44">arm (number of CLIPs)</text>
 {body}
 </svg>
