@@ -518,12 +518,12 @@ def holm(p):
 
 
 def report(path):
-    """Print the tables of a csv, and draw ablation.svg beside it."""
+    """Print the tables of a csv, and draw its figure beside it."""
     curves = read_csv(path)
     print_gains(curves)
     print_claims(curves)
     print_attributes(curves)
-    picture = os.path.join(os.path.dirname(path), "ablation.svg")
+    picture = f"{os.path.splitext(path)[0]}.svg"
     draw(curves, picture)
     print(f"\nThe figure is {picture}")
 
