@@ -568,7 +568,7 @@ def print_claims(curves):
         for outcome, x in found.items():
             words = f"{x.mean:+.2f} ± {x.half:.2f}" if x else "not reached"
             words = words.removesuffix(" ± nan")  # for want of CLIPs
-            row.append(f"**{words}**" if outcome == deciding else words)
+            row.append(f"**{words}**" if arm.expected and outcome == deciding else words)
         x = found[deciding]
         sign = -1 if arm.expected == WORSE else 1
         low, high = sorted([sign * (x.mean - x.half), sign * (x.mean + x.half)])
