@@ -1175,7 +1175,9 @@ def print_bench(s, core, log, device):
     tflops = counter.get_total_flops() * s.accum * steps_per_s / 1e12
     name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
     peaks = [peak for known, peak in PEAK_TFLOPS.items() if known in name]
-    mfu = f"{100 * tflops / peaks[0]:.1f} % of {peaks[0]}" if peaks else f"no peak known for {name}"
+    mfu = f"no peak known for {name}"
+    if peaks:
+        mfu = f"{100 * tflops / peaks[0]:.1f} % of {peaks[0]} in bf16"
     say(f"s / 100 iterations   {100 / steps_per_s:.2f}")
     say(f"images / s           {speed:.4g}")
     say(f"peak memory          {peak_memory():.2f} GB")
