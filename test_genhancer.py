@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import traceback
 import types
@@ -5507,6 +5508,13 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, faked):
     assert scored == [("frozen", "2")]
 
 
+def test_the_csv_keeps_the_cells_of_other_arms(tmp_path, faked):
+    ablate.run_grid(str(tmp_path), ablate.QUICK, 1)
+    before = (tmp_path / "ablation.csv").read_text()
+    ablate.run_grid(str(tmp_path), ablate.QUICK | {"arms": ("rf", "frozen")}, 1)
+    assert (tmp_path / "ablation.csv").read_text() == before
+
+
 def test_arms_that_differ_in_stage_2_alone_share_stage_1(tmp_path, faked):
     made, _ = faked
     ablate.run_grid(str(tmp_path), ablate.QUICK, 1)
@@ -5531,16 +5539,18 @@ def test_a_command_that_fails_names_its_log(tmp_path):
 
 
 def test_after_an_error_no_further_run_begins():
-    seen = []
+    seen, failed = [], threading.Event()
 
     def function(task):
         seen.append(task)
         if task == 1:
+            failed.set()
             raise UserError("no")
+        failed.wait()
         time.sleep(0.05)
 
     with pytest.raises(UserError):
-        ablate.run_all("tasks", function, list(range(50)), 1)
+        ablate.run_all("tasks", function, list(range(50)), 2)
     assert len(seen) < 50
 
 

@@ -11,6 +11,7 @@ once. OUT/full/ablation.csv holds all that the report needs; all the rest, 14 GB
 """
 import csv
 import fcntl
+import glob
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import RawDescriptionHelpFormatter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -122,7 +123,7 @@ ARMS = (
     Arm("all captions", clips=("full",)),  # rf on the CLIP of make_toy.py clip --regime full
 )
 ARMS = {arm.name: arm for arm in ARMS}
-APART = ("direct, 4e-4", "shuffled target", "all captions")  # not in what the arms' noise is
+APART = ("direct, 4e-4", "shuffled target", "all captions")  # no claims: not in the pooled noise
 # The steps of stage 1; those of stage 2 after which a CLIP is scored; and
 # the test's pairs of each pattern, and its images for the retention.
 FULL = {"arms": tuple(ARMS), "clips": (*MANY, "full"), "stage 1": 250,
@@ -141,7 +142,10 @@ ENVIRONMENT = {
 
 
 def run_grid(out, plan, jobs):
-    """Train and score what is missing in `out`, `jobs` runs at a time, and write ablation.csv."""
+    """Train and score what is missing in `out`, `jobs` runs at a time, and write ablation.csv.
+
+    It holds all cells of the folder, those of other --arms too.
+    """
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every CLIP that is scored
     phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: the command for it}
@@ -156,7 +160,7 @@ def run_grid(out, plan, jobs):
     left = [(path, *cell) for path, cell in cells.items() if not os.path.exists(path)]
     if left:
         run_all("scores", partial(score_cell, load_test(out, plan)), left, jobs)
-    write_csv(f"{out}/ablation.csv", cells)
+    write_csv(f"{out}/ablation.csv", sorted(glob.glob(f"{glob.escape(out)}/clip-*/*.json")))
 
 
 def add_cell(out, plan, arm, clip, phases, cells):
@@ -192,8 +196,12 @@ def add_cell(out, plan, arm, clip, phases, cells):
 def run_all(what, function, tasks, jobs):
     """Call function(task) for all tasks, `jobs` at a time. After an error no further one begins."""
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in tqdm(pool.map(function, tasks), what, len(tasks)):
-            pass
+        runs = [pool.submit(function, task) for task in tasks]
+        try:
+            for run in tqdm(as_completed(runs), what, len(runs)):
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def make(task):
@@ -348,11 +356,10 @@ def read_csv(path):
         for row in reader:
             for name in NUMBERS:
                 row[name] = float(row[name] or "nan")
-            key = row["arm"], row["clip"]
-            if key not in curves:
-                curves[key] = list(curves.get(("original", row["clip"]), []))
-            curves[key].append(row)
-    return {key: curve for key, curve in curves.items() if key[0] != "original"}
+            curves.setdefault((row["arm"], row["clip"]), []).append(row)
+    return {
+        (name, clip): curves["original", clip] + points
+        for (name, clip), points in curves.items() if name in ARMS}
 
 
 # ---- The statistics ------------------------------------------------------------------------------
@@ -367,7 +374,7 @@ def gain(curve, outcome, low=LOW):
     gains = [point[measure] - curve[0][measure] for point in curve]
     if outcome.endswith("the end"):
         return gains[-1]
-    kept = np.minimum.accumulate(retention(curve))
+    kept = np.minimum.accumulate(retention(curve))  # interp needs it to fall; it may rise again
     wanted = np.linspace(low, HIGH, 101)
     gains = np.interp(wanted, kept[::-1], gains[::-1], left=math.nan)
     return float(np.trapezoid(gains, wanted)) / (HIGH - low)
@@ -474,7 +481,7 @@ def compare(curves, arm, outcome):
 
 
 def judge(expected, low, high, effect):
-    """The verdict on a claim, and the value that it rules out, the nearest if there are two.
+    """The verdict on a claim, and the difference that it rules out, the nearest if there are two.
 
     low, high: the interval of the difference, positive where it goes the paper's way. effect: P,
     or NaN where the paper gives no number. Comparisons with NaN are false.
@@ -498,9 +505,9 @@ def judge(expected, low, high, effect):
         (low > 0, "reproduces", 0),
         (high < enough, "excluded", enough),
     ]
-    for holds, verdict, bound in rules.get(expected, worse_or_better):
+    for holds, verdict, ruled_out in rules.get(expected, worse_or_better):
         if holds:
-            return verdict, bound
+            return verdict, ruled_out
     return "cannot tell", math.nan
 
 
@@ -572,9 +579,9 @@ def print_claims(curves):
         x = found[deciding]
         sign = -1 if arm.expected == WORSE else 1
         low, high = sorted([sign * (x.mean - x.half), sign * (x.mean + x.half)])
-        verdict, bound = judge(arm.expected, low, high, x.effect)
+        verdict, ruled_out = judge(arm.expected, low, high, x.effect)
         if arm.expected:
-            p[arm.name] = 1.0 if math.isnan(bound) else x.p(sign * bound)
+            p[arm.name] = 1.0 if math.isnan(ruled_out) else x.p(sign * ruled_out)
         effect = "" if math.isnan(x.effect) else f"{x.effect:.2f}"
         clips = f"{x.clips}{' †' * (arm.looks - 1)}"
         rows[arm.name] = [*row, clips, effect, verdict if arm.expected else ""]
@@ -583,8 +590,9 @@ def print_claims(curves):
     columns = ["arm: difference from its reference", "the paper", *OUTCOMES]
     print_table([*columns, "CLIPs", "P", "verdict"], rows.values())
     decided = sum(value < 1 for value in p.values())
+    chance = sum(0.05 / ARMS[name].looks for name in p)
     print(f"\n{decided} of {len(p)} claims are decided, by what is in bold type; those with * "
-          f"survive Holm's correction. By chance {len(p) / 20:.1f} intervals miss the truth.\n"
+          f"survive Holm's correction. By chance {chance:.1f} intervals miss the truth.\n"
           "Those with † were looked at twice: their intervals are of 97.5 %, the others of 95.")
 
 
@@ -628,7 +636,10 @@ font-family="Helvetica, Arial, sans-serif" font-size="14">
 
 
 def trace(curves, name):
-    """An arm's curve in the figure: of each point, % kept, points gained, half of its interval."""
+    """An arm's curve in the figure: of each point, % kept, points gained, half of its interval.
+
+    The interval leaves out what all arms of a CLIP have in common.
+    """
     points = []
     for length in range(1, 1 + len(find(curves, name)[0])):
         begun = {key: curve[:length] for key, curve in curves.items()}
