@@ -376,7 +376,7 @@ def bootstrap(arrays, resamples=10_000, seed=0):
         drawn = rng.multinomial(len(array), counts / len(array), resamples)
         means += drawn @ values / len(array) / len(arrays)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return round(float(low), 12) + 0.0, round(float(high), 12) + 0.0  # what sums to 0 is 0, not -0
 
 
 def mcnemar(won, lost):
@@ -384,8 +384,13 @@ def mcnemar(won, lost):
 
     mcnemar(5, 0) = 1/16.
     """
-    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2 ** (won + lost))  # integers until the division: no overflow
+    n = won + lost
+    tail = 0
+    ways = 1  # to choose i of n
+    for i in range(min(won, lost) + 1):
+        tail += ways
+        ways = ways * (n - i) // (i + 1)
+    return min(1.0, 2 * tail / 2**n)  # integers until the division: no overflow
 
 
 # ---- Zero-shot retention -------------------------------------------------------------------------
@@ -504,6 +509,8 @@ def open_labelled(name, path, preprocess):
     if len(dataset) == 0:
         raise UserError("no images")
     names = dataset.classes
+    if len(names) == 1:
+        raise UserError(f"{names[0]} is the only class")
     if name == "imagenet":
         wordnet = [label for label in names if label[0] == "n" and label[1:].isdecimal()]
         if len(names) != 1000 or wordnet != names:
@@ -569,7 +576,7 @@ def format_row(row, results):
         line += f"{row['change']:+7.1f}"
     if "p" in row:
         p = f"{row['p']:.3f}" if row["p"] >= 0.001 else f"{row['p']:.0e}"
-        line += f"{row['won']:5}{row['lost']:5} {p:>5}"
+        line += f" {row['won']:4} {row['lost']:4} {p:>5}"
     elif "change_interval" in row:
         low, high = row["change_interval"]
         line += f" [{low:+.1f}, {high:+.1f}]"
@@ -707,6 +714,9 @@ def check_usage(args):
                         "with by --baseline FILE|original")
     if args.json and args.json == args.picture:
         raise UserError(f"--json and --picture both name {args.json}: name two files")
+    for path in (args.json, args.picture):
+        if path and path in (args.weights, args.baseline):
+            raise UserError(f"{path} is a CLIP to evaluate: name another file to write")
     if not 1 <= args.batch_size <= 100_000:
         raise UserError(f"--batch-size {args.batch_size}: must be from 1 to 100000")
 
@@ -771,13 +781,15 @@ def run(argv):
             raise UserError(message) from None
     print_table(*results.values())
     if args.json:
-        write_json(args.json, report(results))
+        models = {key: weights or "original" for key, weights in args.models.items()}
+        about = {"backbone": args.backbone, "models": models}
+        write_json(args.json, about | report(results))
     if args.picture:
         draw_changes(args.picture, results["before"], results["after"])
 
 
 def report(results):
-    """What --json writes: each model's summary, the table's rows, and every pair's scores."""
+    """What --json writes of results: summaries, the table's rows, and every pair's scores."""
     content = {key: summary(result) for key, result in results.items()}
     content["rows"] = summarize(results)
     content["pairs"] = []

@@ -4233,6 +4233,11 @@ def test_mcnemar_of_many_pairs_does_not_overflow():
     assert eval_mmvp.mcnemar(500, 400) == pytest.approx(expected, abs=2e-5)
 
 
+def test_mcnemar_of_ten_thousands_is_near_the_normal_tail():
+    expected = math.erfc(999 / math.sqrt(23_000) / math.sqrt(2))
+    assert eval_mmvp.mcnemar(12_000, 11_000) == pytest.approx(expected, rel=0.02)
+
+
 def width(interval):
     return interval[1] - interval[0]
 
@@ -4251,6 +4256,13 @@ def test_the_bootstrap_redraws_within_each_pattern():
     interval = eval_mmvp.bootstrap(groups)
     assert width(interval) == pytest.approx(2 * 1.96 * spread, rel=0.05)
     assert eval_mmvp.bootstrap(groups) == interval
+
+
+def test_a_bound_at_no_change_is_0():
+    # Pairs won and lost in patterns of 15: the lower bound's sum of shares leaves a rounding error.
+    split = [(1, 0), (0, 2), (0, 0), (2, 0), (1, 0), (1, 0), (0, 0), (0, 0), (3, 0)]
+    changes = [np.repeat([1.0, -1.0, 0.0], [won, lost, 15 - won - lost]) for won, lost in split]
+    assert str(eval_mmvp.bootstrap(changes)[0]) == "0.0"
 
 
 def test_the_bootstrap_of_a_change_is_paired():
@@ -4677,6 +4689,23 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
     assert names == ["b", "classes", "out.json", "out.png"]
 
 
+def test_a_clip_is_not_overwritten(comparison, capsys):
+    comparison[comparison.index("--json") + 1] = comparison[comparison.index("--weights") + 1]
+    assert_command_ends_in_one_line(capsys, comparison, "is a CLIP to evaluate")
+
+
+def test_a_folder_of_one_class_is_refused(comparison, tmp_path, capsys):
+    comparison[comparison.index("--zeroshot") + 1] = f"folder:{tmp_path}/parent"
+    (tmp_path / "parent").mkdir()
+    os.rename(tmp_path / "classes", tmp_path / "parent" / "classes")
+    assert_command_ends_in_one_line(capsys, comparison, "classes is the only class")
+
+
+def test_large_counts_stay_apart():
+    row = {"change": 0.5, "won": 12_345, "lost": 11_801, "p": 0.01}
+    assert eval_mmvp.format_row(row, {}).split() == ["+0.5", "12345", "11801", "0.010"]
+
+
 def test_the_json_holds_every_pairs_scores_and_verdicts(comparison, tmp_path):
     run_eval(*comparison)
     content = json.loads((tmp_path / "out.json").read_text())
@@ -4696,7 +4725,8 @@ def test_the_json_holds_every_pairs_scores_and_verdicts(comparison, tmp_path):
 def test_the_json_holds_the_summary_and_the_rows_beside_the_pairs(comparison, tmp_path):
     run_eval(*comparison)
     content = json.loads((tmp_path / "out.json").read_text())
-    assert list(content) == ["before", "after", "rows", "pairs"]
+    assert list(content) == ["backbone", "models", "before", "after", "rows", "pairs"]
+    assert content["models"] == {"before": comparison[5], "after": comparison[3]}
     assert list(content["after"]) == ["average", "patterns", "zeroshot"]
     assert list(content["after"]["zeroshot"]) == ["folder accuracy"]
     names = [row["name"] for row in content["rows"]]
