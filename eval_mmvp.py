@@ -714,8 +714,9 @@ def check_usage(args):
                         "with by --baseline FILE|original")
     if args.json and args.json == args.picture:
         raise UserError(f"--json and --picture both name {args.json}: name two files")
+    clips = [os.path.realpath(path) for path in (args.weights, args.baseline) if path]
     for path in (args.json, args.picture):
-        if path and path in (args.weights, args.baseline):
+        if path and os.path.realpath(path) in clips:
             raise UserError(f"{path} is a CLIP to evaluate: name another file to write")
     if not 1 <= args.batch_size <= 100_000:
         raise UserError(f"--batch-size {args.batch_size}: must be from 1 to 100000")

@@ -4690,7 +4690,8 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
 
 
 def test_a_clip_is_not_overwritten(comparison, capsys):
-    comparison[comparison.index("--json") + 1] = comparison[comparison.index("--weights") + 1]
+    folder, name = os.path.split(comparison[comparison.index("--weights") + 1])
+    comparison[comparison.index("--json") + 1] = f"{folder}/./{name}"
     assert_command_ends_in_one_line(capsys, comparison, "is a CLIP to evaluate")
 
 
@@ -5465,6 +5466,17 @@ def test_a_missing_csv_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arm, clip", [("an old arm", "0"), ("rf", "no original")])
+def test_a_csv_of_another_grid_is_one_line(arm, clip, tmp_path, capsys):
+    path = tmp_path / "ablation.csv"
+    ablate.write_csv(path, write_cells(tmp_path, made_up_curves()))
+    last = path.read_text().splitlines()[-1].split(",")
+    path.write_text(path.read_text() + ",".join([arm, clip, *last[2:]]) + "\n")
+    with pytest.raises(SystemExit):
+        ablate.main(["--report", str(path)])
+    assert f"{arm} on CLIP {clip}" in capsys.readouterr().err
+
+
 def test_two_grids_in_a_folder_are_refused(tmp_path, capsys):
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
     (tmp_path / "quick").mkdir()
@@ -5569,15 +5581,17 @@ def test_a_command_that_fails_names_its_log(tmp_path):
 
 
 def test_after_an_error_no_further_run_begins():
-    seen, failed = [], threading.Event()
+    seen, all_began = [], threading.Event()
 
     def function(task):
         seen.append(task)
+        if task == 0:
+            all_began.wait(1)  # a long run, beside which another one fails
         if task == 1:
-            failed.set()
             raise UserError("no")
-        failed.wait()
-        time.sleep(0.05)
+        time.sleep(0.01)
+        if len(seen) == 50:
+            all_began.set()
 
     with pytest.raises(UserError):
         ablate.run_all("tasks", function, list(range(50)), 2)

@@ -357,9 +357,13 @@ def read_csv(path):
             for name in NUMBERS:
                 row[name] = float(row[name] or "nan")
             curves.setdefault((row["arm"], row["clip"]), []).append(row)
+    for name, clip in curves:
+        if name not in ("original", *ARMS) or ("original", clip) not in curves:
+            raise UserError(f"{path}: {name} on CLIP {clip} is no arm of this grid, or has no "
+                            "original to start from: run the grid again")
     return {
         (name, clip): curves["original", clip] + points
-        for (name, clip), points in curves.items() if name in ARMS}
+        for (name, clip), points in curves.items() if name != "original"}
 
 
 # ---- The statistics ------------------------------------------------------------------------------
