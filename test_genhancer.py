@@ -3800,6 +3800,13 @@ def test_a_run_goes_on_with_its_own_settings_only(world, stub_run, capsys, more,
     assert re.search(says, refusal(capsys, train_stub, world, stub_run, *more))
 
 
+@pytest.mark.parametrize("denoiser", ["rf", "perceiver"])
+@pytest.mark.parametrize("flags, steps", [("--steps 7", 7), ("--epochs 2", None)])
+def test_a_typed_length_wins_over_the_presets(denoiser, flags, steps):
+    typed = train.read_command_line(f"--preset toy --denoiser {denoiser} {flags}".split())
+    assert train.make_settings(typed, 1).steps == steps
+
+
 def test_a_clip_without_vision_transformer_is_refused(world, tmp_path, monkeypatch, capsys):
     clip = gh.load_clip("toy", random=True)[0]
     clip.visual = open_clip.modified_resnet.ModifiedResNet((1, 1, 1, 1), 64, 1, width=8)
