@@ -13,18 +13,6 @@ import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: a busy machine stays fast
 
-
-def report_exception(kind, error, trace):
-    """Say in one line that Ctrl-C was pressed, during the imports below too."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("eval_mmvp.py: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.__excepthook__(kind, error, trace)
-
-
-if __name__ == "__main__":
-    sys.excepthook = report_exception
-
 import csv
 import json
 import math

@@ -43,8 +43,8 @@ from vae import (
     load_strictly,
     read_weights,
     write_json,
+    write_tensors,
     write_text,
-    write_weights,
 )
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
@@ -1297,7 +1297,7 @@ def export_hf(clip, folder):
     if not is_siglip(clip):
         write_hf_tokenizer(folder, config["text_config"]["max_position_embeddings"])
     weights = {name: view.cpu() for name, view in hf_views(clip).items()}
-    write_weights(os.path.join(folder, "model.safetensors"), weights, {"format": "pt"})
+    write_tensors(os.path.join(folder, "model.safetensors"), weights, {"format": "pt"})
 
 
 def hf_config(clip):

@@ -16,13 +16,11 @@ import datetime
 import fcntl
 import gc
 import glob
-import hashlib
 import io
 import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import tarfile
@@ -34,23 +32,11 @@ from functools import lru_cache
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, not spin
 
-
-def end_in_one_line(kind, error, trace):
-    """Ctrl-C, during the imports below too, is no traceback."""
-    if kind is KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command goes on", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = end_in_one_line
-
 import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -88,9 +74,9 @@ from genhancer import (
     load_clip,
     merge_lora,
     model_card,
+    read_json,
 )
 from vae import (
-    PART,
     AutoEncoder,
     AutoEncoderConfig,
     Parser,
@@ -328,7 +314,7 @@ def train_stage(s, device):
     images_per_step = s.batch_size * s.accum * WORLD
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
     check_same_run(s, data)
-    if agree(RANK == 0 and is_intact(s.result)):
+    if agree(RANK == 0 and is_whole(s.result)):
         return say(f"stage {s.stage} is finished: {s.result}")
     heldout = load_heldout(s, data)
 
@@ -389,9 +375,9 @@ def finite_norm(s, grad_norm, step):
     """The gradient's norm, which every rank sees, as a number; UserError if it is not finite."""
     norm = float(grad_norm.full_tensor() if s.shard else grad_norm)
     if not math.isfinite(norm):
+        newest = (list_checkpoints(s) or ["none"])[-1]
         raise UserError(f"the gradient is not finite at step {step}; the newest checkpoint is "
-                        f"{newest_checkpoint(s)}: try a lower --lr, or --precision fp32, in "
-                        "another --out")
+                        f"{newest}: try a lower --lr, or --precision fp32, in another --out")
     return norm
 
 
@@ -897,9 +883,9 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_pa
 
 
 def save_checkpoint(s, step, model, optimizer, undecodable):
-    """step-N.safetensors: trained weights and moments; beside it, written last, step-N.json.
+    """step-N.safetensors: trained weights, optimizer moments and counts. The newest two are kept.
 
-    Names and shapes are the same with one process, DDP and FSDP2. The newest two are kept.
+    Names and shapes are the same with one process, DDP and FSDP2.
     """
     weights, moments = get_state_dict(model, optimizer, options=FULL)  # all ranks take part
     if RANK == 0:
@@ -909,21 +895,21 @@ def save_checkpoint(s, step, model, optimizer, undecodable):
                 tensors[f"{kind}.{name}"] = tensor
         about = dict(step=step, undecodable=undecodable, param_groups=moments["param_groups"])
         path = checkpoint_path(s, step)
-        write_intact(path, tensors, about)
+        write_weights(path, tensors, about)
         older = [other for other in list_checkpoints(s) if other < path]
         for old in older[:-1]:
-            remove_checkpoint(old)
+            os.remove(old)
 
 
 def load_checkpoint(s, core, model, optimizer):
-    """Restore the newest intact checkpoint of a stage: (its step, undecodable images so far)."""
+    """Restore the newest whole checkpoint of a stage: (its step, undecodable images so far)."""
     step = agree(find_checkpoint(s, core) if RANK == 0 else 0)
     if step == 0:
         return 0, 0
     path = checkpoint_path(s, step)
-    about = read_json(about_path(path))
+    tensors, about = read_weights(path, "checkpoint")
     weights, state = {}, {}
-    for key, tensor in load_file(path).items():
+    for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "model":
             weights[name] = tensor
@@ -941,18 +927,18 @@ def load_checkpoint(s, core, model, optimizer):
 
 
 def find_checkpoint(s, core):
-    """The step of the newest checkpoint that is intact and of this model, or 0."""
+    """The step of the newest checkpoint that is whole and of this model, or 0."""
     trained = [name for name, p in core.named_parameters() if p.requires_grad]
     kinds = ("model", "exp_avg", "exp_avg_sq", "step")
     wanted = {f"{kind}.{name}" for kind in kinds for name in trained}
     for path in reversed(list_checkpoints(s)):
-        if not is_intact(path):
-            say(f"{path} is damaged or incomplete, and is passed over")
-            continue
-        step = read_json(about_path(path))["step"]
-        if path == checkpoint_path(s, step) and set(read_weights(path, "checkpoint")[0]) == wanted:
-            return step
-        say(f"{path} is of another step or model, and is passed over")
+        try:
+            tensors, about = read_weights(path, "checkpoint")
+            if tensors.keys() == wanted and path == checkpoint_path(s, about["step"]):
+                return about["step"]
+            say(f"{path} is of another step or model, and is passed over")
+        except UserError as error:
+            say(f"{error}, and is passed over")
     return 0
 
 
@@ -961,57 +947,16 @@ def checkpoint_path(s, step):
 
 
 def list_checkpoints(s):
-    """The checkpoints of a stage, oldest first, intact or not; of some, one file may be missing."""
-    found = glob.glob(os.path.join(glob.escape(s.folder), "step-*"))
-    return sorted({os.path.splitext(path)[0] + ".safetensors" for path in found})
+    """The checkpoints of a stage, oldest first, whole or not."""
+    return sorted(glob.glob(os.path.join(glob.escape(s.folder), "step-*.safetensors")))
 
 
-def newest_checkpoint(s):
-    """Its path, or "none", for a message."""
-    return (list_checkpoints(s) or ["none"])[-1]
-
-
-def remove_checkpoint(path):
-    for name in (about_path(path), path):
-        with contextlib.suppress(FileNotFoundError):  # a kill may have left one without the other
-            os.remove(name)
-
-
-def write_intact(path, tensors, about):
-    """Write tensors, and then the JSON beside them that tells whether both are still the same."""
-    write_weights(path, tensors)
-    write_json(about_path(path), {**about, "sha256": checksum(path, about)})
-
-
-def is_intact(path):
-    """Whether what write_intact wrote is there and unchanged."""
+def is_whole(path):
+    """Whether the result of a stage is there as it was written."""
     try:
-        about = read_json(about_path(path))
-        return about.pop("sha256") == checksum(path, about)
-    except (OSError, ValueError, KeyError):
+        return bool(read_weights(path, "result"))
+    except UserError:
         return False
-
-
-def about_path(path):
-    """The JSON beside a file of tensors."""
-    return path.removesuffix(".safetensors") + ".json"
-
-
-def checksum(path, about):
-    """The SHA-256 of a file and of what is said about it."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def read_json(path):
-    """The JSON object that a file holds; OSError or ValueError if there is none."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object")
-    return content
 
 
 class Log:
@@ -1117,13 +1062,13 @@ def write_result(s, model, path):
     """Stage 1's projectors and denoiser, or the CLIP of the other stages, by rank 0."""
     weights = get_model_state_dict(model, options=FULL)  # all ranks take part
     if RANK == 0 and s.stage == 1:
-        write_intact(path, weights, {})
+        write_weights(path, weights)
     elif RANK == 0:
         clip = trained_clip(s, weights)
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
             write_card(s, None)
-        write_intact(path, clip.state_dict(), {})
+        write_weights(path, clip.state_dict())
     barrier()
 
 
@@ -1213,11 +1158,7 @@ def check_same_run(s, data):
     path = os.path.join(s.folder, "settings.json")
     if not os.path.exists(path):
         return write_json(path, settings)
-    try:
-        before = read_json(path)
-    except (OSError, ValueError):
-        raise UserError(f"{path} cannot be read as a run's settings: mend it, or choose another "
-                        "--out") from None
+    before = read_json(path)
     names = sorted(before.keys() | settings.keys())
     changed = [f"{name} was {before.get(name)}, is {settings.get(name)}"
                for name in names if before.get(name) != settings.get(name)]
@@ -1308,9 +1249,8 @@ def check_start(s):
     if not os.path.isfile(start):
         way = "run --stage 1 first, or name" if s.stage == 2 else "name"
         raise UserError(f"no weights to start from at {start}: {way} a file with --init")
-    if s.stage == 2 and os.path.exists(about_path(start)) and not is_intact(start):
-        raise UserError(f"{start} is damaged: run --stage 1 again, which makes it anew from its "
-                        "newest checkpoint")
+    if s.stage == 2:
+        read_weights(start, "stage 1's weights", "run --stage 1 again, which makes them anew")
 
 
 def lock_out(s):
@@ -1325,9 +1265,6 @@ def lock_out(s):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"--out {s.out} is in use by another run: choose another") from None
-    for left in glob.glob(os.path.join(glob.escape(s.out), "**", f"{PART}*"), recursive=True,
-                          include_hidden=True):
-        shutil.rmtree(left)  # what a kill left of a file that was being written
     return file
 
 

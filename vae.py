@@ -8,14 +8,13 @@ The last section is shared by all programs: users' mistakes, files, the command 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +86,7 @@ def load_vae(path):
         raise UserError(f"{what}: {misfit}: {hint}") from None
     with torch.device("meta"):
         vae = AutoEncoder(config)
+    vae.to_empty(device="cpu")
     return load_strictly(vae, tensors, path, what).eval().requires_grad_(False)
 
 
@@ -294,80 +294,64 @@ class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what, where, what to do."""
 
 
-class WeightsFile(Mapping):
-    """A safetensors file as a mapping from name to tensor, each read when it is asked for.
-
-    What was read stays in memory while the file is open: so it is opened anew every 64 MB.
-    """
-
-    def __init__(self, path, what, without):
-        self.path = path
-        self.what = what
-        self.open()
-        names = self.file.keys()
-        self.names = [name for name in names if not name.startswith(without)]
-        self.metadata = self.file.metadata() or {}
-
-    def open(self):
-        self.file = safe_open(self.path, "pt")
-        self.bytes_read = 0
-
-    def __getitem__(self, name):
-        if name not in self.names:
-            raise KeyError(name)
-        try:
-            if self.bytes_read > 2**26:
-                self.open()
-            tensor = self.file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            message = f"{self.what}: {name} in {self.path} cannot be read ({error})"
-            raise UserError(message) from None
-        self.bytes_read += tensor.nbytes
-        return tensor
-
-    def __contains__(self, name):
-        return name in self.names
-
-    def __iter__(self):
-        return iter(self.names)
-
-    def __len__(self):
-        return len(self.names)
+SEAL = "sha256"  # the entry of a file's metadata with its checksum and what is said of the tensors
 
 
 def read_weights(path, what, hint="", without=()):
-    """Open a safetensors file: (mapping from name to tensor, metadata); see WeightsFile.
+    """The tensors of a safetensors file by name, and what is said about them: two dictionaries.
 
-    Names that start with `without` (a string, or a tuple of strings) are left out.
-    Raises UserError with `what`, the path and the `hint` if there is no such file or a part of it.
+    Names that start with `without` (a string, or a tuple of strings) are left out. The tensors are
+    views of the file: they take no memory that the system could not take back. Raises UserError
+    with `what`, the path and the `hint` if there is no such file, a part of it, or if write_weights
+    wrote it and it is damaged.
     """
     advice = f": {hint}" if hint else ""
     if not os.path.isfile(path):
         raise UserError(f"{what} not found at '{path}' (not a file){advice}")
     try:
-        file = WeightsFile(path, what, without)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
         raise UserError(message) from None
-    return file, file.metadata
+    if SEAL in about:
+        written, _, text = about[SEAL].partition(" ")
+        if written != checksum(tensors, text):
+            raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+        about = json.loads(text)
+    kept = {name: tensors[name] for name in tensors if not name.startswith(without)}
+    return kept, about
+
+
+def write_weights(path, tensors, about=None):
+    """Write tensors as safetensors, with what is said `about` them and a checksum of both.
+
+    The bytes follow from these alone.
+    """
+    text = json.dumps(about or {}, sort_keys=True)
+    write_tensors(path, tensors, {SEAL: f"{checksum(tensors, text)} {text}"})
+
+
+def checksum(tensors, text):
+    """The SHA-256 of tensors, their names, kinds and shapes, and of what is said about them."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_strictly(module, tensors, path, what):
     """Copy `tensors`, a mapping from name to tensor, into `module`, and return the module.
 
     Every name and shape must fit, and every value must be a finite floating-point number; else
-    UserError, which names `what`, the path and what does not fit. A module on the meta device is
-    given memory on the CPU. This takes the memory of the module and of one tensor.
+    UserError, which names `what`, the path and what does not fit.
     """
     misfits = find_misfits(module.state_dict(), tensors)
     if misfits:
         raise UserError(f"{what}: {path} does not fit: {misfits}")
-    memory = {
-        name: torch.empty_like(value, device="cpu")
-        for name, value in module.state_dict().items()
-        if value.is_meta
-    }
-    module.load_state_dict(memory, strict=False, assign=True)
     for name, target in module.state_dict().items():
         target.copy_(tensors[name])
         smallest, largest = target.aminmax()  # NaN if any value is
@@ -391,7 +375,6 @@ def find_misfits(expected, tensors):
         elif value.shape != expected[name].shape:
             shapes = f"{tuple(value.shape)} for {tuple(expected[name].shape)}"
             faults["misshapen"].append(f"{name} {shapes}")
-        del value  # its memory is free before the next is read
     lines = []
     for fault, names in faults.items():
         if names:
@@ -406,9 +389,6 @@ def holds_floats(value):
         return False
     packed = torch.float4_e2m1fn_x2  # two numbers in a byte, which nothing converts
     return value.is_floating_point() and value.dtype != packed and value.numel() > 0
-
-
-PART = ".part-"  # how the folders begin in which files are written aside
 
 
 def check_writable(path):
@@ -427,29 +407,24 @@ def check_writable(path):
 def write_file(path, write):
     """Write a file so that `path` always holds all of its old content or all of its new.
 
-    `write(part)` must write the file `part`, which lies in a private folder beside `path`, where
-    nobody else can have planted a link. It gets the permissions that the umask gives, is synced,
-    and is moved into place. Raises UserError if any of this fails; no part of it stays behind.
+    `write(part)` writes the file `part` beside it, which is synced and moved into place. Raises
+    UserError if any of this fails; no part of it stays behind.
     """
-    name = os.path.basename(path)
-    if not name or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"cannot write to {os.fspath(path)!r}: name a file")
-    folder = os.path.dirname(os.path.abspath(path))
+    folder, name = os.path.split(os.path.abspath(path))
+    part = os.path.join(folder, f".part-{name}")
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PART, dir=folder) as private:
-            part = os.path.join(private, name)
-            open(part, "x").close()
-            permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
-            write(part)
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(part, permissions)
-            os.replace(part, path)
-    except (OSError, SafetensorError, RecursionError) as error:  # the last: too deep a folder
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         advice = "make room or mend its folder, then run the same command again"
         raise UserError(f"{path} could not be written ({reason}): {advice}") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def write_text(path, text):
@@ -464,13 +439,18 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_weights(path, tensors, metadata=None):
-    """Write tensors as safetensors. The bytes follow from the names and values alone.
-
-    But safetensors puts several entries of metadata in any order.
-    """
+def write_tensors(path, tensors, metadata):
+    """Write tensors as safetensors, for other programs; with one entry of metadata at most, since
+    several come in any order."""
     tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    write_file(path, partial(save_file, tensors, metadata=metadata))
+
+    def write(part):
+        open(part, "wb").close()
+        permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
+        save_file(tensors, part, metadata)
+        os.chmod(part, permissions)
+
+    write_file(path, write)
 
 
 class Parser(argparse.ArgumentParser):
@@ -489,6 +469,9 @@ def run_command(program, run, argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
     try:
         run(argv)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2].strip()
         tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar

@@ -7,20 +7,6 @@ without running any code that it may carry. Parameter names are those of the pub
 """
 
 import os
-import sys
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: others are not slowed
-
-    def report_exception(kind, error, trace):
-        """Say in one line that Ctrl-C was pressed, during the imports below too."""
-        if issubclass(kind, KeyboardInterrupt):
-            print("vqgan.py: interrupted", file=sys.stderr)
-            sys.exit(130)
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = report_exception
-
 import re
 import warnings
 from dataclasses import dataclass
@@ -137,6 +123,7 @@ def build_vqgan(tensors, path, what, hint):
     )
     with torch.device("meta"):
         vqgan = VQGAN(config)
+    vqgan.to_empty(device="cpu")
     return load_strictly(vqgan, tensors, path, what).eval().requires_grad_(False)
 
 

@@ -730,11 +730,7 @@ def run(argv):
 
 
 def main(argv=None):
-    try:
-        run_command("ablate.py", run, argv)
-    except KeyboardInterrupt:
-        print("\nablate.py: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_command("ablate.py", run, argv)
 
 
 if __name__ == "__main__":
