@@ -18,17 +18,15 @@ Eq. 5's penalty on the drift of the visual tower is no term of the loss. Stage 1
 learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage in train.py, and so
 are the optimizer and its settings (App. B).
 """
+import hashlib
 import json
 import logging
 import math
 import os
-import pickle
 import sys
-import zipfile
-from collections import OrderedDict
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import open_clip
@@ -53,23 +51,15 @@ TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 class Backbone(NamedTuple):
     model: str         # open_clip's name; plain ViT-L-14 would silently lack QuickGELU
     pretrained: str    # open_clip's tag, which it downloads, or a file
-    hub: str = ""      # the same model in HuggingFace's format, and its licence, for the model card
-    licence: str = ""
 
 
-L14, L14_336, H14 = "ViT-L-14-quickgelu", "ViT-L-14-336-quickgelu", "ViT-H-14-quickgelu"
-SO400M, SO400M_384 = "ViT-SO400M-14-SigLIP", "ViT-SO400M-14-SigLIP-384"
 BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
-    "openai-l14-224": Backbone(L14, "openai", "openai/clip-vit-large-patch14", "mit"),
-    "openai-l14-336": Backbone(L14_336, "openai", "openai/clip-vit-large-patch14-336", "mit"),
-    "metaclip-l14-224": Backbone(
-        L14, "metaclip_fullcc", "facebook/metaclip-l14-fullcc2.5b", "cc-by-nc-4.0"),
-    "metaclip-h14-224": Backbone(
-        H14, "metaclip_fullcc", "facebook/metaclip-h14-fullcc2.5b", "cc-by-nc-4.0"),
-    "siglip-so400m-224": Backbone(
-        SO400M, "webli", "google/siglip-so400m-patch14-224", "apache-2.0"),
-    "siglip-so400m-384": Backbone(
-        SO400M_384, "webli", "google/siglip-so400m-patch14-384", "apache-2.0"),
+    "openai-l14-224": Backbone("ViT-L-14-quickgelu", "openai"),
+    "openai-l14-336": Backbone("ViT-L-14-336-quickgelu", "openai"),
+    "metaclip-l14-224": Backbone("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "metaclip-h14-224": Backbone("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "siglip-so400m-224": Backbone("ViT-SO400M-14-SigLIP", "webli"),
+    "siglip-so400m-384": Backbone("ViT-SO400M-14-SigLIP-384", "webli"),
     "toy": Backbone("toy-clip", os.path.join(TOY, "clip.safetensors")),
 }
 
@@ -939,7 +929,7 @@ def load_clip(name, weights=None, random=False):
     - open_clip's safetensors or .pt;
     - HuggingFace's format: a folder as save_pretrained writes it, or one of its files. If it is a
       vision tower alone, the rest is the backbone's own, as without `weights`, and a line says so;
-    - OpenAI's TorchScript archive, such as ViT-L-14.pt.
+    - OpenAI's own TorchScript archives, such as ViT-L-14.pt.
     `random=True` keeps the random initialisation.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
@@ -1067,78 +1057,40 @@ def find_files(path):
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
 
 
 def read_tensors(path, what):
-    """The tensors of one file, by name: safetensors, torch.save's, or TorchScript's."""
+    """The tensors of one file, by name: safetensors, torch.save's, or OpenAI's own TorchScript."""
     if path.endswith(".safetensors"):
         return read_weights(path, what)[0]
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_torchscript(archive)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if is_openais(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another TorchScript archive, which is refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
         content = content.get("state_dict", content)
         return {str(key): tensor for key, tensor in content.items()}
     except Exception as error:  # zip, pickle and torch each raise their own
         raise UserError(f"{what}: {path} cannot be read as safetensors, as a state dict without "
-                        f"code or as TorchScript ({first_line(error)})") from None
+                        f"code or as an archive of OpenAI's ({first_line(error)})") from None
 
 
-def read_torchscript(archive):
-    """The tensors of a TorchScript archive by name, without building its modules.
+def is_openais(path):
+    """Whether OpenAI published this very file, by its SHA-256, which is a part of its address.
 
-    torch.jit.load would run the archive's own code, which can write files. To accept only the
-    SHA-256 that OpenAI published would be as safe, but would refuse every fine-tuned archive.
+    Loading a TorchScript archive runs code that is in it: no other one is loaded.
     """
-    [data] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    reader = ArchiveReader(archive.open(data))
-    reader.archive = archive
-    reader.folder = data.removesuffix(".pkl")
-    return dict(named_tensors(reader.load()))
-
-
-class ArchiveReader(pickle.Unpickler):
-    """Reads the pickle in a TorchScript archive: a module becomes a bag of its attributes. Of all
-    other names only those in MEANINGS are known, and none of them runs what the archive says."""
-
-    def find_class(self, module, name):
-        if module.startswith("__torch__"):
-            return SimpleNamespace
-        if (module, name) not in MEANINGS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return MEANINGS[module, name]
-
-    def persistent_load(self, reference):
-        _, dtype, key, _, _ = reference
-        content = self.archive.read(f"{self.folder}/{key}")
-        return torch.frombuffer(bytearray(content), dtype=dtype)
-
-
-def view_storage(storage, offset, size, stride, *_):
-    return storage.as_strided(size, stride, offset)
-
-
-MEANINGS = {
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "LongStorage"): torch.int64,
-    ("torch._utils", "_rebuild_tensor_v2"): view_storage,
-    ("torch.jit._pickle", "build_intlist"): list,
-    ("collections", "OrderedDict"): OrderedDict,
-}
-
-
-def named_tensors(module, prefix=""):
-    for name, value in vars(module).items():
-        if isinstance(value, SimpleNamespace):
-            yield from named_tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, torch.Tensor):
-            yield prefix + name, value
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    models = open_clip.list_pretrained_models_by_tag("openai")
+    return any(digest in open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models)
 
 
 # ---- HuggingFace's format ----
@@ -1367,49 +1319,3 @@ def write_hf_tokenizer(folder, context_length):
     write_json(os.path.join(folder, "vocab.json"), vocabulary)
     write_text(os.path.join(folder, "merges.txt"), "\n".join(merges) + "\n")
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
-
-
-CARD = """---
-library_name: transformers
-{origin}tags: [clip, genhancer]
----
-# {name}, enhanced by GenHancer
-
-{base} after [GenHancer](https://arxiv.org/abs/2503.19480) (ICCV 2025): a denoiser learned to
-reconstruct images from its [CLS] embedding, and its visual tower learned visual detail thereby.
-The text tower is unchanged. {licence}
-
-| percent | before | after |
-|---|---|---|
-{results}
-
-| setting | value |
-|---|---|
-{settings}
-"""
-
-
-def model_card(name, settings, result):
-    """The README.md that the hub shows beside exported weights.
-
-    settings: the run's, by name. result: {"before": ..., "after": ...}, each with "average",
-    "patterns" and "zeroshot" in percent; or None.
-    """
-    backbone = BACKBONES.get(name)
-    base = backbone.hub if backbone and backbone.hub else name
-    licence = backbone.licence if backbone else ""
-    results = ["| not evaluated | | |"]
-    if result:
-        before, after = result["before"], result["after"]
-        results = [f"| MMVP-VLM average | {before['average']:.1f} | {after['average']:.1f} |"]
-        for kind in ("patterns", "zeroshot"):
-            for key, value in before[kind].items():
-                results.append(f"| {key} | {value:.1f} | {after[kind][key]:.1f} |")
-    return CARD.format(
-        origin=f"base_model: {base}\nlicense: {licence}\n" if licence else "",
-        name=name,
-        base=base,
-        licence=f"The licence is the original's: {licence}." if licence else "",
-        results="\n".join(results),
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
-    )

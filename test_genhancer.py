@@ -26,7 +26,6 @@ import threading
 import time
 import traceback
 import types
-import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -2247,10 +2246,20 @@ def as_openais(clip):
     return root
 
 
-def test_openais_archive_is_read(world, tmp_path):
+def test_openais_archive_is_read(world, tmp_path, monkeypatch):
     clip = load_tiny(world)
-    torch.jit.script(as_openais(clip)).save(tmp_path / "ViT.pt")
-    assert_same_weights(gh.load_clip("tiny-clip", tmp_path / "ViT.pt")[0], clip.half().float())
+    path = tmp_path / "ViT.pt"
+    torch.jit.script(as_openais(clip)).save(path)
+    published = {"url": f"https://it/{hashlib.sha256(path.read_bytes()).hexdigest()}/ViT.pt"}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: published)
+    assert_same_weights(gh.load_clip("tiny-clip", path)[0], clip.half().float())
+
+
+def test_the_digests_of_openais_archives_are_known():
+    models = open_clip.list_pretrained_models_by_tag("openai")
+    urls = [open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models]
+    assert "ViT-L-14-336" in models
+    assert all(re.search("/[0-9a-f]{64}/", url) for url in urls)
 
 
 def test_an_archive_runs_none_of_its_code(world, tmp_path, monkeypatch):
@@ -2264,17 +2273,6 @@ def test_an_archive_runs_none_of_its_code(world, tmp_path, monkeypatch):
     assert not os.path.exists("owned")
     torch.jit.load("forged.pt")  # what this test is worth
     assert os.path.exists("owned")
-
-
-def test_an_archive_that_names_a_function_is_refused(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with zipfile.ZipFile("forged.pt", "w") as archive:
-        archive.writestr("forged/constants.pkl", pickle.dumps(()))
-        archive.writestr("forged/data.pkl", pickle.dumps(PickledCode()))
-    with pytest.raises(UserError) as error:
-        gh.load_clip("tiny-clip", "forged.pt")
-    assert_one_line(error, "forged.pt", "mkdir")
-    assert not os.path.exists("owned")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2529,42 +2527,6 @@ def test_a_folder_that_is_not_whole_is_one_line(exported, tmp_path, missing):
     with pytest.raises(UserError) as error:
         gh.load_clip("tiny-clip", tmp_path)
     assert_one_line(error, tmp_path / missing)
-
-
-# ---------------------------------------------------------------------------------------------
-# The model card
-# ---------------------------------------------------------------------------------------------
-
-
-def test_the_model_card_names_the_base_its_licence_and_the_figures():
-    before = {"average": 20.0, "patterns": {"Texts": 33.34}, "zeroshot": {"cifar100 accuracy": 75}}
-    after = {"average": 25.0, "patterns": {"Texts": 40.0}, "zeroshot": {"cifar100 accuracy": 74}}
-    result = {"before": before, "after": after}
-    card = gh.model_card("metaclip-h14-224", {"seed": 3}, result).splitlines()
-    assert card[0] == "---"
-    header = card[: card.index("---", 1)]
-    assert "base_model: facebook/metaclip-h14-fullcc2.5b" in header
-    assert "license: cc-by-nc-4.0" in header
-    assert "library_name: transformers" in header
-    for line in ("| MMVP-VLM average | 20.0 | 25.0 |", "| Texts | 33.3 | 40.0 |", "| seed | 3 |"):
-        assert line in card
-    assert "| cifar100 accuracy | 75.0 | 74.0 |" in card
-
-
-def test_a_model_card_of_what_is_not_on_the_hub_claims_no_licence():
-    card = gh.model_card("toy", {}, None)
-    assert "license" not in card
-    assert "base_model" not in card
-    assert "not evaluated" in card
-
-
-@pytest.mark.parametrize("name", [row[0] for row in SIX_BACKBONES])
-def test_every_backbone_has_its_place_on_the_hub(name):
-    assert f"license: {gh.BACKBONES[name].licence}" in gh.model_card(name, {}, None)
-
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU
-torch.set_num_threads(1)  # some of them fork, which several threads do not survive
 
 
 # ---------------------------------------------------------------------------------- the images

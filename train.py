@@ -73,7 +73,6 @@ from genhancer import (
     inject_lora,
     load_clip,
     merge_lora,
-    model_card,
     read_json,
 )
 from vae import (
@@ -87,7 +86,6 @@ from vae import (
     run_command,
     write_file,
     write_json,
-    write_text,
     write_weights,
 )
 from vqgan import VQGAN, VQGANConfig, load_vqgan
@@ -1067,7 +1065,6 @@ def write_result(s, model, path):
         clip = trained_clip(s, weights)
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
-            write_card(s, None)
         write_weights(path, clip.state_dict())
     barrier()
 
@@ -1087,15 +1084,8 @@ def trained_clip(s, weights):
     return clip
 
 
-def write_card(s, result):
-    """hf/README.md: the model card that the hub shows, with the evaluation if there is one."""
-    settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in LOCAL}
-    card = model_card(s.backbone, settings, result)
-    write_text(os.path.join(s.out, "hf", "README.md"), card)
-
-
 def compare(s, device):
-    """The benchmark and the retention tasks, before and after: screen, result.json, card."""
+    """The benchmark and the retention tasks, before and after: screen and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
     results = []
     for weights in (s.clip_weights, s.result):
@@ -1105,7 +1095,6 @@ def compare(s, device):
     print_table(before, after)
     result = {"before": summary(before), "after": summary(after)}
     write_json(os.path.join(s.out, "result.json"), result)
-    write_card(s, result)
 
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
@@ -1135,12 +1124,12 @@ def print_bench(s, core, log, device):
 
 # ------------------------------------------------------------------------------------ the command
 
-LOCAL = {  # of this machine and its files, and no part of what is trained
-    "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
-    "workers", "save_every", "sample_every", "log_every", "export_every",
-}
 # What may change when a run goes on; data and weights are known by their fingerprints.
-MOVABLE = LOCAL | {"stage", "accum", "compile", "shard", "grad_checkpoint"}
+MOVABLE = {
+    "stage", "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
+    "workers", "save_every", "sample_every", "log_every", "export_every",
+    "accum", "compile", "shard", "grad_checkpoint",
+}
 
 
 def check_same_run(s, data):
