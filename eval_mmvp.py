@@ -30,12 +30,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, SUN397, ImageFolder
 from tqdm import tqdm
 
-from genhancer import BACKBONES, TOY, find_backbone, load_clip
-from vae import (
+from genhancer import (
+    BACKBONES,
+    TOY,
     Parser,
     UserError,
     check_writable,
     escape,
+    find_backbone,
+    load_clip,
     run_command,
     write_file,
     write_json,

@@ -18,12 +18,15 @@ Eq. 5's penalty on the drift of the visual tower is no term of the loss. Stage 1
 learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage in train.py, and so
 are the optimizer and its settings (App. B).
 """
+import argparse
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,18 +35,11 @@ from typing import NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from vae import (
-    UserError,
-    find_misfits,
-    load_strictly,
-    read_weights,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from tqdm import tqdm
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
@@ -1319,3 +1315,198 @@ def write_hf_tokenizer(folder, context_length):
     write_json(os.path.join(folder, "vocab.json"), vocabulary)
     write_text(os.path.join(folder, "merges.txt"), "\n".join(merges) + "\n")
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
+
+
+# ------------------------------------------------- what all programs share: mistakes, files, commands
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message is one line: what, where, what to do."""
+
+
+SEAL = "sha256"  # the entry of a file's metadata with its checksum and what is said of the tensors
+
+
+def read_weights(path, what, hint="", without=()):
+    """The tensors of a safetensors file by name, and what is said about them: two dictionaries.
+
+    Names that start with `without` (a string, or a tuple of strings) are left out. The tensors are
+    views of the file: they take no memory that the system could not take back. Raises UserError
+    with `what`, the path and the `hint` if there is no such file, a part of it, or if write_weights
+    wrote it and it is damaged.
+    """
+    advice = f": {hint}" if hint else ""
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file){advice}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
+        raise UserError(message) from None
+    if SEAL in about:
+        written, _, text = about[SEAL].partition(" ")
+        if written != checksum(tensors, text):
+            raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+        about = json.loads(text)
+    kept = {name: tensors[name] for name in tensors if not name.startswith(without)}
+    return kept, about
+
+
+def write_weights(path, tensors, about=None):
+    """Write tensors as safetensors, with what is said `about` them and a checksum of both.
+
+    The bytes follow from these alone.
+    """
+    text = json.dumps(about or {}, sort_keys=True)
+    write_tensors(path, tensors, {SEAL: f"{checksum(tensors, text)} {text}"})
+
+
+def checksum(tensors, text):
+    """The SHA-256 of tensors, their names, kinds and shapes, and of what is said about them."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_strictly(module, tensors, path, what):
+    """Copy `tensors`, a mapping from name to tensor, into `module`, and return the module.
+
+    Every name and shape must fit, and every value must be a finite floating-point number; else
+    UserError, which names `what`, the path and what does not fit.
+    """
+    misfits = find_misfits(module.state_dict(), tensors)
+    if misfits:
+        raise UserError(f"{what}: {path} does not fit: {misfits}")
+    for name, target in module.state_dict().items():
+        target.copy_(tensors[name])
+        smallest, largest = target.aminmax()  # NaN if any value is
+        if not (smallest.isfinite() and largest.isfinite()):
+            raise UserError(f"{what}: {path} holds values in {name} that are not finite")
+    return module
+
+
+def find_misfits(expected, tensors):
+    """Where the names, shapes and kinds of `tensors` differ from those expected: "" if nowhere."""
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "misshapen": [],
+        "without floating-point values": [],
+    }
+    for name in [name for name in expected if name in tensors]:
+        value = tensors[name]
+        if not holds_floats(value):
+            faults["without floating-point values"].append(name)
+        elif value.shape != expected[name].shape:
+            shapes = f"{tuple(value.shape)} for {tuple(expected[name].shape)}"
+            faults["misshapen"].append(f"{name} {shapes}")
+    lines = []
+    for fault, names in faults.items():
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            lines.append(f"{fault} {', '.join(names[:2])}{more}")
+    return "; ".join(lines)
+
+
+def holds_floats(value):
+    """Whether this is an ordinary tensor with floating-point numbers in it."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    packed = torch.float4_e2m1fn_x2  # two numbers in a byte, which nothing converts
+    return value.is_floating_point() and value.dtype != packed and value.numel() > 0
+
+
+def check_writable(path):
+    """Notice a file that cannot be written before minutes of work."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"{path} cannot be written: name a file")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.NamedTemporaryFile(prefix=os.path.basename(path), dir=folder).close()
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}): mend its folder or name another"
+        raise UserError(message) from None
+
+
+def write_file(path, write):
+    """Write a file so that `path` always holds all of its old content or all of its new.
+
+    `write(part)` writes the file `part` beside it, which is synced and moved into place. Raises
+    UserError if any of this fails; no part of it stays behind.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    part = os.path.join(folder, f".part-{name}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "make room or mend its folder, then run the same command again"
+        raise UserError(f"{path} could not be written ({reason}): {advice}") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def write_text(path, text):
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    write_file(path, write)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path, tensors, metadata):
+    """Write tensors as safetensors, for other programs; with one entry of metadata at most, since
+    several come in any order."""
+    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+    def write(part):
+        open(part, "wb").close()
+        permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
+        save_file(tensors, part, metadata)
+        os.chmod(part, permissions)
+
+    write_file(path, write)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError, so that a mistake in the usage is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def run_command(program, run, argv=None):
+    """The main function of every program: run(argv), which a UserError ends in one line, status 2.
+
+    A UserError out of a DataLoader's worker holds a whole traceback, and its message at the end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
+    try:
+        run(argv)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        message = str(error).rpartition("UserError: ")[2].strip()
+        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar
+        sys.exit(2)
+
+
+def escape(text):
+    """`text` with an escape for each character that a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -49,10 +49,9 @@ import genhancer as gh
 import toy.ablate as ablate
 import toy.make_toy as make_toy
 import train
-import vae as vae_file
 import vqgan as vqgan_file
-from genhancer import load_clip
-from vae import AutoEncoder, AutoEncoderConfig, UserError, load_vae
+from genhancer import UserError, load_clip
+from vae import AutoEncoder, AutoEncoderConfig, load_vae
 
 HERE = os.path.dirname(os.path.abspath(gh.__file__))
 GOLDEN = os.path.join(HERE, "toy", "golden")
@@ -404,8 +403,8 @@ def test_a_factor_that_cannot_scale_is_refused(world, tmp_path, name, text):
 def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
     path = tmp_path / "it.safetensors"
     save_file({"weight": torch.ones(1, 1), "bias": torch.ones(1)}, path)
-    tensors, _ = vae_file.read_weights(path, "weights")
-    module = vae_file.load_strictly(nn.Linear(1, 1), tensors, path, "weights")
+    tensors, _ = gh.read_weights(path, "weights")
+    module = gh.load_strictly(nn.Linear(1, 1), tensors, path, "weights")
     path.write_bytes(bytes(path.stat().st_size))
     assert module.weight.item() == module.bias.item() == 1
 
@@ -414,8 +413,8 @@ def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
 def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
     before = os.umask(umask)
     try:
-        vae_file.write_weights(tmp_path / "it.safetensors", {"a": torch.zeros(1)})
-        vae_file.write_json(tmp_path / "it.json", {"a": 1})
+        gh.write_weights(tmp_path / "it.safetensors", {"a": torch.zeros(1)})
+        gh.write_json(tmp_path / "it.json", {"a": 1})
     finally:
         os.umask(before)
     for name in ("it.safetensors", "it.json"):
@@ -436,7 +435,7 @@ def test_a_file_is_synced_before_it_is_moved_into_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    vae_file.write_json(tmp_path / "it.json", 1)
+    gh.write_json(tmp_path / "it.json", 1)
     assert calls == ["fsync", "replace"]
 
 
@@ -450,7 +449,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
     path = tmp_path / "it.txt"
     path.write_text("old")
     with pytest.raises(UserError) as caught:
-        vae_file.write_file(path, write)
+        gh.write_file(path, write)
     assert_one_line(caught, path, "could not be written", getattr(error, "strerror", "no"))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["it.txt"]
@@ -461,7 +460,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vae_file.write_file(tmp_path / "it.txt", write)
+        gh.write_file(tmp_path / "it.txt", write)
     assert os.listdir(tmp_path) == []
 
 
@@ -476,16 +475,16 @@ def bad_outputs(folder):
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in bad_outputs(tmp_path):
         with pytest.raises(UserError) as error:
-            vae_file.write_json(path, 1)
+            gh.write_json(path, 1)
         assert_one_line(error, path)
 
 
 def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
     tensors = {"b": torch.ones(2, 3).T, "a": torch.zeros(4)}
-    vae_file.write_weights(tmp_path / "1", tensors, {"x": 1, "y": (2,)})
-    vae_file.write_weights(tmp_path / "2", dict(reversed(tensors.items())), {"y": [2], "x": 1})
+    gh.write_weights(tmp_path / "1", tensors, {"x": 1, "y": (2,)})
+    gh.write_weights(tmp_path / "2", dict(reversed(tensors.items())), {"y": [2], "x": 1})
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    read, about = vae_file.read_weights(tmp_path / "1", "it")
+    read, about = gh.read_weights(tmp_path / "1", "it")
     assert torch.equal(read["b"], tensors["b"])
     assert about == {"x": 1, "y": [2]}
 
@@ -498,12 +497,12 @@ def test_any_change_of_what_was_written_is_noticed(tmp_path, old, new):
     path = tmp_path / "it.safetensors"
     tensors = {"weight": torch.tensor(6 * [0.0]).half().view(2, 3)}
     tensors["weight"][1, 2] = 1
-    vae_file.write_weights(path, tensors, {"step": 3})
+    gh.write_weights(path, tensors, {"step": 3})
     content = path.read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
     with pytest.raises(UserError) as error:
-        vae_file.read_weights(path, "it")
+        gh.read_weights(path, "it")
     assert_one_line(error, path, "is damaged")
 
 
@@ -513,7 +512,7 @@ def test_any_change_of_what_was_written_is_noticed(tmp_path, old, new):
 def command(capsys, run, *argv):
     """The exit status and stderr of a program."""
     with pytest.raises(SystemExit) as end:
-        vae_file.run_command("it.py", run, argv)
+        gh.run_command("it.py", run, argv)
     forget(end)
     return end.value.code, capsys.readouterr().err
 

@@ -64,30 +64,26 @@ from genhancer import (
     Discrete,
     Flux,
     FluxConfig,
+    Parser,
     Perceiver,
     PerceiverConfig,
+    UserError,
     export_hf,
     find_backbone,
     hf_config,
     image_side,
     inject_lora,
     load_clip,
+    load_strictly,
     merge_lora,
     read_json,
-)
-from vae import (
-    AutoEncoder,
-    AutoEncoderConfig,
-    Parser,
-    UserError,
-    load_strictly,
-    load_vae,
     read_weights,
     run_command,
     write_file,
     write_json,
     write_weights,
 )
+from vae import AutoEncoder, AutoEncoderConfig, load_vae
 from vqgan import VQGAN, VQGANConfig, load_vqgan
 
 RANK = int(os.environ.get("RANK", 0))

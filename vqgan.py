@@ -15,18 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae import (
-    Decoder,
-    Encoder,
-    Parser,
-    UserError,
-    load_strictly,
-    read_layout,
-    read_shape,
-    read_weights,
-    run_command,
-    write_weights,
-)
+from genhancer import Parser, UserError, load_strictly, read_weights, run_command, write_weights
+from vae import Decoder, Encoder, read_layout, read_shape
 
 
 @dataclass

@@ -34,9 +34,8 @@ from tqdm import tqdm
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
 from eval_mmvp import ImageFiles, check_zeroshot, encode_texts, read_benchmark
-from genhancer import load_clip
+from genhancer import Parser, UserError, load_clip, run_command, write_json, write_text
 from toy.make_toy import PATTERNS, VALUES, draw_part, write_benchmark, write_classes
-from vae import Parser, UserError, run_command, write_json, write_text
 
 # ---- The design ----------------------------------------------------------------------------------
 

@@ -35,15 +35,8 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/make_toy.py` must find vae.py and vqgan.py
-from vae import (
-    AutoEncoder,
-    AutoEncoderConfig,
-    Parser,
-    UserError,
-    check_writable,
-    run_command,
-    write_weights,
-)
+from genhancer import Parser, UserError, check_writable, run_command, write_weights
+from vae import AutoEncoder, AutoEncoderConfig
 from vqgan import VQGAN, VQGANConfig
 
 # -------------------------------------------------------------------------------------------
