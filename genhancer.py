@@ -86,7 +86,8 @@ class GenHancer(nn.Module):
         side = image_side(visual)
         device = next(visual.parameters()).device
         with torch.no_grad():  # the widths are read off the model
-            cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
+            blank = torch.zeros(1, 3, side, side, device=device)
+            cls, patches = encode_with_patches(visual, blank)
         self.num_locals = round(local_ratio * patches.shape[1])
         if local_ratio > 0 and self.num_locals == 0:
             raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
@@ -342,7 +343,8 @@ def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=N
     noisy = (1 - time) * latents + time * noise                  # Eq. 1, 3: x_t = (1 - t) x + t eps
     target = noise - latents                                     # Eq. 3: v = eps - x
     velocity = denoiser(noisy, t, context, vec, context_ids=context_ids)
-    return (velocity.float() - target).square().flatten(1).mean(1)
+    error = (velocity.float() - target).square()
+    return error.flatten(1).mean(1)
 
 
 def sample_masks(b, n, low, high, generator=None, device=None):
@@ -613,14 +615,16 @@ def patchify(latents):
     """(B, C, 2 rows, 2 columns) -> (B, rows * columns, 4 C)."""
     b, c, h, w = latents.shape
     patches = latents.reshape(b, c, h // 2, 2, w // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)          # (B, rows, columns, C, 2, 2)
+    return patches.flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens, rows, columns):
     """(B, rows * columns, 4 C) -> (B, C, 2 rows, 2 columns)."""
     b, _, c4 = tokens.shape
     patches = tokens.reshape(b, rows, columns, c4 // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c4 // 4, 2 * rows, 2 * columns)
+    patches = patches.permute(0, 3, 1, 4, 2, 5)          # (B, C, rows, 2, columns, 2)
+    return patches.reshape(b, c4 // 4, 2 * rows, 2 * columns)
 
 
 def timestep_embedding(t, dim=256, max_period=10_000):
@@ -654,24 +658,28 @@ def image_rotary_table(rows, columns, axes_dim, theta, device):
 def rotate(x, cos, sin):
     """Rotary positions of x (B, heads, L, D), on pairs of neighbouring features, in float32."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([cos * a - sin * b, sin * a + cos * b], dim=-1).flatten(-2)
+    turned = torch.stack([cos * a - sin * b, sin * a + cos * b], dim=-1)
+    return turned.flatten(-2)
 
 
 def split_heads(qkv, heads):
     """(B, L, 3 * heads * D) -> q, k and v, each (B, heads, L, D)."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    qkv = qkv.unflatten(-1, (3, heads, -1))                               # (B, L, 3, heads, D)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(q, k, v, rotary):
     """Attention with rotary positions, each input (B, heads, L, D): (B, L, heads * D)."""
     q = rotate(q, *rotary).to(v.dtype)
     k = rotate(k, *rotary).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    attn = F.scaled_dot_product_attention(q, k, v)                        # (B, heads, L, D)
+    return attn.transpose(1, 2).flatten(2)
 
 
 def modulate(x, shift, scale):
     """AdaLN: a LayerNorm without weights of its own; shift and scale come from a Modulation."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x * (1 + scale) + shift
 
 
 class Modulation(nn.Module):
@@ -683,7 +691,8 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden, n * hidden)
 
     def forward(self, embedding):
-        return self.lin(F.silu(embedding))[:, None].chunk(self.n, dim=-1)
+        parts = self.lin(F.silu(embedding))[:, None]                      # (B, 1, n * hidden)
+        return parts.chunk(self.n, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -735,10 +744,13 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x, embedding, rotary):
         shift, scale, gate = self.modulation(embedding)
-        qkv, wide = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
+        x_in = modulate(x, shift, scale)
+        qkv, wide = self.linear1(x_in).split(self.widths, dim=-1)
         q, k, v = self.norm(*split_heads(qkv, self.heads))
         attn = attend(q, k, v, rotary)
-        return x + gate * self.linear2(torch.cat([attn, F.gelu(wide, approximate="tanh")], dim=-1))
+        wide = F.gelu(wide, approximate="tanh")
+        both = torch.cat([attn, wide], dim=-1)                            # (B, L, 5 hidden)
+        return x + gate * self.linear2(both)
 
 
 class LastLayer(nn.Module):
@@ -750,7 +762,8 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x, embedding):
-        shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
+        parts = self.adaLN_modulation(embedding)[:, None]                 # (B, 1, 2 hidden)
+        shift, scale = parts.chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))
 
 
@@ -789,7 +802,8 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), eps=1e-6)
+        x = x.float()
+        return F.rms_norm(x, x.shape[-1:], self.scale.float(), eps=1e-6)
 
 
 class MLPEmbedder(nn.Module):
@@ -807,7 +821,11 @@ class MLPEmbedder(nn.Module):
 def mlp(hidden, ratio, approximate="tanh"):
     """The MLP of a transformer block; FLUX's GELU is the tanh approximation."""
     wide = int(hidden * ratio)
-    return nn.Sequential(nn.Linear(hidden, wide), nn.GELU(approximate), nn.Linear(wide, hidden))
+    return nn.Sequential(
+        nn.Linear(hidden, wide),
+        nn.GELU(approximate),
+        nn.Linear(wide, hidden),
+    )
 
 
 def run_block(model, block, *inputs):
@@ -887,13 +905,14 @@ class PerceiverLayer(nn.Module):
         self.mlp = mlp(width, config.mlp_ratio, approximate="none")  # the exact GELU
 
     def forward(self, x, context):
-        q = self.q(self.norm_q(x)).unflatten(-1, (self.heads, -1))
-        q = q.transpose(1, 2)                                             # (B, heads, N, D)
+        q = self.q(self.norm_q(x))                                        # (B, N, width)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, heads, N, D)
         both = torch.cat([x, context.to(x.dtype)], dim=1)                 # (B, N + L, width)
-        kv = self.kv(self.norm_kv(both)).unflatten(-1, (2, self.heads, -1))
+        kv = self.kv(self.norm_kv(both))                                  # (B, N + L, 2 width)
+        kv = kv.unflatten(-1, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)                        # (B, heads, N + L, D)
-        attn = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, width)
-        x = x + self.proj(attn)
+        attn = F.scaled_dot_product_attention(q, k, v)                    # (B, heads, N, D)
+        x = x + self.proj(attn.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -902,7 +921,8 @@ def sincos_embedding(position, dim):
     quarter = dim // 4
     exponents = torch.arange(quarter, dtype=torch.float32, device=position.device) / quarter
     angles = position[..., None].float() * 10_000.0**-exponents                # (..., 2, dim / 4)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+    both = torch.cat([angles.sin(), angles.cos()], dim=-1)                     # (..., 2, dim / 2)
+    return both.flatten(-2)
 
 
 @lru_cache(maxsize=16)  # computed once for each size
@@ -913,7 +933,8 @@ def grid_embedding(n, dim, device):
         raise ValueError(f"{n} tokens are no square grid")
     steps = torch.arange(side, device=device)
     row, column = torch.meshgrid(steps, steps, indexing="ij")
-    return sincos_embedding(torch.stack([row, column], dim=-1).flatten(0, 1), dim)
+    position = torch.stack([row, column], dim=-1).flatten(0, 1)           # (n, 2)
+    return sincos_embedding(position, dim)
 
 
 # --------------------------------------------------------------------------------- CLIP in and out
@@ -1045,7 +1066,8 @@ def find_files(path):
             return [file]
         if os.path.isfile(f"{file}.index.json"):
             shards = read_json(f"{file}.index.json").get("weight_map", {})
-            return [os.path.join(path, os.path.basename(s)) for s in sorted(set(shards.values()))]
+            names = sorted({os.path.basename(shard) for shard in shards.values()})
+            return [os.path.join(path, name) for name in names]
     raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
                     "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
 
@@ -1317,7 +1339,7 @@ def write_hf_tokenizer(folder, context_length):
     write_json(os.path.join(folder, "tokenizer_config.json"), config)
 
 
-# ------------------------------------------------- what all programs share: mistakes, files, commands
+# --------------------------------------------- what all programs share: mistakes, files, commands
 
 class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what, where, what to do."""
@@ -1339,7 +1361,8 @@ def read_weights(path, what, hint="", without=()):
         raise UserError(f"{what} not found at '{path}' (not a file){advice}")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
             about = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"

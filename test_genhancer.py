@@ -3108,11 +3108,16 @@ def rename_a_key(path):
     path.write_bytes(content.replace(b"denoiser", b"denoises", 1).replace(b"step", b"stop", 1))
 
 
+def break_the_seal(path):
+    save_file(load_file(path), path)
+
+
 def replace_by_a_list(path):
     path.write_text("[]")
 
 
-DAMAGES = [flip_a_bit, zero_the_second_half, cut_the_end, empty, rename_a_key, replace_by_a_list]
+DAMAGES = [flip_a_bit, zero_the_second_half, cut_the_end, empty, rename_a_key, break_the_seal,
+           replace_by_a_list]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

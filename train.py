@@ -928,7 +928,7 @@ def find_checkpoint(s, core):
     for path in reversed(list_checkpoints(s)):
         try:
             tensors, about = read_weights(path, "checkpoint")
-            if tensors.keys() == wanted and path == checkpoint_path(s, about["step"]):
+            if tensors.keys() == wanted and path == checkpoint_path(s, about.get("step", 0)):
                 return about["step"]
             say(f"{path} is of another step or model, and is passed over")
         except UserError as error:

@@ -553,7 +553,9 @@ def train_clip(path, steps, regime):
         text = clip.encode_text(distinct, normalize=True)[which]
         logits = (clip.logit_scale.exp() * image @ text.T).float()
         target = torch.arange(len(pick))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        of_images = F.cross_entropy(logits, target)
+        of_texts = F.cross_entropy(logits.T, target)
+        return (of_images + of_texts) / 2
 
     fit(clip.parameters(), loss, steps, lr=2e-3, weight_decay=0.05)
     embedding = clip.token_embedding.weight.data
@@ -600,7 +602,8 @@ def train_vae(path, steps):
         logvar = logvar.float()
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return distance(vae.decoder(z), x) + 1e-4 * kl  # it only keeps the latents in bounds
+        reconstruction = vae.decoder(z)
+        return distance(reconstruction, x) + 1e-4 * kl  # it only keeps the latents in bounds
 
     fit(vae.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
@@ -635,7 +638,8 @@ def train_vqgan(path, steps):
         x = random_batch(train, 32)
         z = vqgan.pre_quantize(x).float()  # (B, embed_dim, h, w)
         if step < warm:
-            return distance(vqgan.decoder(vqgan.post_quant_conv(z)), x)
+            reconstruction = vqgan.decoder(vqgan.post_quant_conv(z))
+            return distance(reconstruction, x)
         if (step - warm) % 50 == 0 and step < 0.8 * steps:
             reseed(codebook, uses, z)
         indices = vqgan.quantize(z)
@@ -643,7 +647,8 @@ def train_vqgan(path, steps):
         codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)
         commitment = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
         codes = z + (codes - z).detach()  # straight through: the gradient skips the choice
-        return distance(vqgan.decoder(vqgan.post_quant_conv(codes)), x) + commitment
+        reconstruction = vqgan.decoder(vqgan.post_quant_conv(codes))
+        return distance(reconstruction, x) + commitment
 
     fit(vqgan.parameters(), loss, steps, lr=2e-3)
     with torch.no_grad():
@@ -664,7 +669,9 @@ def reseed(codebook, uses, z):
 
 def distance(reconstruction, images):
     reconstruction = reconstruction.float()
-    return F.mse_loss(reconstruction, images) + 0.2 * F.l1_loss(reconstruction, images)
+    squared = F.mse_loss(reconstruction, images)
+    absolute = F.l1_loss(reconstruction, images)
+    return squared + 0.2 * absolute
 
 
 def psnr(images, autoencoder):
