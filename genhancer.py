@@ -28,6 +28,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -1345,7 +1346,7 @@ class UserError(Exception):
     """A mistake that the user can mend. Its message is one line: what, where, what to do."""
 
 
-SEAL = "sha256"  # the entry of a file's metadata with its checksum and what is said of the tensors
+SEAL = "genhancer"  # the entry of a file's metadata with its checksum and what is said about it
 
 
 def read_weights(path, what, hint="", without=()):
@@ -1368,10 +1369,9 @@ def read_weights(path, what, hint="", without=()):
         message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
         raise UserError(message) from None
     if SEAL in about:
-        written, _, text = about[SEAL].partition(" ")
-        if written != checksum(tensors, text):
+        about = open_seal(about[SEAL], tensors)
+        if about is None:
             raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
-        about = json.loads(text)
     kept = {name: tensors[name] for name in tensors if not name.startswith(without)}
     return kept, about
 
@@ -1381,18 +1381,29 @@ def write_weights(path, tensors, about=None):
 
     The bytes follow from these alone.
     """
-    text = json.dumps(about or {}, sort_keys=True)
-    write_tensors(path, tensors, {SEAL: f"{checksum(tensors, text)} {text}"})
+    about = about or {}
+    seal = {"about": about, "crc32": checksum(tensors, about)}
+    write_tensors(path, tensors, {SEAL: json.dumps(seal, sort_keys=True)})
 
 
-def checksum(tensors, text):
-    """The SHA-256 of tensors, their names, kinds and shapes, and of what is said about them."""
-    digest = hashlib.sha256(text.encode())
+def open_seal(seal, tensors):
+    """What write_weights' seal says about these tensors, or None if it is not theirs."""
+    try:
+        content = json.loads(seal)
+        about = content["about"]
+        return about if content["crc32"] == checksum(tensors, about) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def checksum(tensors, about):
+    """The CRC-32 of tensors, their names, kinds and shapes, and of what is said about them."""
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def load_strictly(module, tensors, path, what):
