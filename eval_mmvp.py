@@ -231,6 +231,9 @@ class ImageFiles(Dataset):
         return self.preprocess(read_image(self.paths[i])), i
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # SHIM
+
+
 def read_image(path, where=""):
     """Decode to RGB as open_clip's own preprocessing does; `where` stands in front of an error."""
     if not os.path.isfile(path):  # a named pipe would hang

@@ -1516,6 +1516,26 @@ def write_tensors(path, tensors, metadata):
     write_file(path, write)
 
 
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] if `above`."""
+    def parse(text):
+        value = kind(text)
+        too_low = value <= low if above else value < low
+        if too_low or value > high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    parse.__name__ = "number"  # argparse names it in its message
+    return parse
+
+
+def nonempty(text):
+    """An argparse type: any text but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty: give one, or leave the option out")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError, so that a mistake in the usage is one line."""
 
@@ -1544,3 +1564,16 @@ def run_command(program, run, argv=None):
 def escape(text):
     """`text` with an escape for each character that a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def start_method():
+    """How to start worker processes: on CUDA not by a fork, which would copy what CUDA holds."""
+    return "forkserver" if torch.cuda.is_available() else None
+
+
+def check_export(name, clip):  # SHIM
+    try:
+        hf_config(clip)
+    except (AttributeError, KeyError):
+        raise UserError(f"{name} is neither a CLIP nor a SigLIP with vision transformers: "
+                        "choose another backbone") from None

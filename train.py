@@ -11,29 +11,27 @@ micro-batches. So on a CPU, with as many processes and threads, the run ends in 
 import argparse
 import contextlib
 import csv
-import dataclasses
 import datetime
-import fcntl
+import errno
 import gc
 import glob
 import io
-import json
 import math
+import multiprocessing
 import os
-import resource
 import signal
 import sys
 import tarfile
 import time
 import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, not spin
 
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -56,7 +54,14 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from eval_mmvp import check_benchmark, check_zeroshot, evaluate, print_table, summary
+from eval_mmvp import (
+    IMAGE_FORMATS,
+    check_benchmark,
+    check_zeroshot,
+    evaluate,
+    print_table,
+    summary,
+)
 from genhancer import (
     BACKBONES,
     TOY,
@@ -68,17 +73,22 @@ from genhancer import (
     Perceiver,
     PerceiverConfig,
     UserError,
+    check_export,
+    checksum,
     export_hf,
     find_backbone,
-    hf_config,
     image_side,
     inject_lora,
     load_clip,
     load_strictly,
+    make_tokenizer,
     merge_lora,
+    nonempty,
+    number,
     read_json,
     read_weights,
     run_command,
+    start_method,
     write_file,
     write_json,
     write_weights,
@@ -86,180 +96,146 @@ from genhancer import (
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 from vqgan import VQGAN, VQGANConfig, load_vqgan
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# torchrun sets all of these; a RANK or WORLD_SIZE alone was left behind by something else.
+LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 
 
 # ------------------------------------------------------------------------------------ settings
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] if `above`."""
-    def parse(text):
-        value = kind(text)
-        too_low = value <= low if above else value < low
-        if too_low or value > high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-
-    parse.__name__ = "number"  # argparse names it in its message
-    return parse
-
-
-def nonempty(text):
-    """An argparse type: any text but the empty one."""
-    if not text:
-        raise argparse.ArgumentTypeError("the value is empty: give one, or leave the option out")
-    return text
-
 
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
 SIZE = number(int, 1, 2**14)
 RATE = number(float, 0, above=True)
-SHARE = number(float, 0, 1)
 
 
-def option(default, kind, help, nargs=None, metavar=None):
-    """A field of Settings. kind: an argparse type, a tuple of choices, or bool for a switch."""
-    about = {"kind": kind, "help": help, "nargs": nargs, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=about)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a stage, each an option of the command line.
-
-    The defaults are the paper's for stage 1 (Sec. 5.1, App. B) and, where it is silent, the
-    official code's. PRESETS, STAGE_DEFAULTS and what was typed override them (make_settings).
-    """
-    preset: str = option("paper", ("paper", "toy", "bench"), "which set of defaults")
-    stage: object = option("all", ("1", "2", "e2e", "all"), "all: 1, 2, and the benchmark")
-    denoiser: str = option("rf", ("rf", "perceiver"), "continuous or discrete")
-    backbone: str = option("openai-l14-224", nonempty,
-                           f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG")
-    clip_weights: str = option(None, nonempty, "CLIP's file or HuggingFace folder; else downloaded")
-    vae: str = option("weights/ae.safetensors", nonempty, "rf: FLUX.1's ae.safetensors")
-    vqgan: str = option("weights/vqgan_imagenet_f16_16384.safetensors", nonempty,
-                        "perceiver: taming's VQ-GAN, converted by vqgan.py")
-    data: tuple = option(("data/cc3m",), nonempty, "training images: folders of images, tar "
-                         "shards, or folders of tar shards", "+")
-    val: tuple = option((), nonempty, "held-out images, of which the first 512 are used", "+")
-    benchmark: str = option("data/MMVP_VLM", nonempty, "stage all: MMVP-VLM's folder")
-    zeroshot: tuple = option((), nonempty, "stage all: NAME:PATH of retention tasks", "*")
-    out: str = option(None, nonempty, "the run's folder; default: runs/PRESET-DENOISER")
-    init: str = option(None, nonempty, "stage 1, e2e: a denoiser with FLUX's names (Table 7); "
-                       "stage 2: another run's stage1/last.safetensors")
-
-    epochs: float = option(1.0, RATE, "passes over the data")
-    steps: int = option(None, COUNT, "optimizer steps of a stage; wins over --epochs")
-    batch_size: int = option(16, SIZE, "images in a micro-batch of one process")
-    accum: int = option(2, SIZE, "micro-batches that a process accumulates into a step")
-    lr: float = option(1e-4, RATE, "learning rate of denoiser and projectors")
-    lr_clip: float = option(None, RATE, "learning rate of the visual tower; default: --lr")
-    warmup: int = option(10, number(int, 0), "steps of linear warm-up; then the rate is constant")
-    weight_decay: float = option(0.01, number(float, 0), "AdamW's")
-    clip_grad: float = option(1.0, RATE, "largest norm of the gradient")
-    seed: int = option(0, number(int, 0, 2**63 - 1), "of everything random")
-
-    precision: str = option(None, ("bf16", "fp32"), "autocast's; default: bf16 where it is fast")
-    workers: int = option(8, number(int, 0, 1024), "data loading processes of each rank")
-    compile: bool = option(False, bool, "torch.compile the networks (other dropout draws)")
-    shard: bool = option(False, bool, "FSDP2: weights, gradients and optimizer over the ranks")
-    grad_checkpoint: bool = option(False, bool, "recompute the blocks in the backward pass")
-    save_every: int = option(1000, COUNT, "steps between checkpoints")
-    sample_every: int = option(1000, COUNT, "steps between pictures and held-out losses")
-    export_every: int = option(None, COUNT, "stage 2, e2e: steps between whole CLIPs, clip-STEP")
-    log_every: int = option(50, COUNT, "steps between rows of log.csv")
-
-    width: int = option(None, SIZE, "the denoiser's; default: 3072 (rf), 1024 (perceiver)")
-    condition: tuple = option((768, 4096), SIZE, "rf: widths of the projected [CLS], to modulate "
-                              "and as context token", 2, ("VEC", "CONTEXT"))
-    depth: tuple = option((2, 4), FEW, "rf: blocks (Table 5)", 2, ("MM-DIT", "SINGLE-DIT"))
-    layers: int = option(6, FEW, "perceiver: layers (Table 5)")
-    timesteps: str = option("logit-normal", ("logit-normal", "uniform"), "rf: of t (Table 4)")
-    scale: float = option(1.0, RATE, "rf: s of the scaled logit-normal (Eq. 6, Table 4)")
-    mask_ratio: tuple = option((0.5, 0.9), number(float, 0, 1, above=True),
-                               "perceiver: share of masked tokens (Table 8)", 2, ("LOW", "HIGH"))
-    local_ratio: float = option(0.0, SHARE, "share of local tokens in the condition (Fig. 5)")
-    no_lora: bool = option(False, bool, "train the whole visual tower (Fig. 8)")
-    freeze_denoiser: bool = option(False, bool, "stage 2: train LoRA alone (Fig. 9)")
-    shuffle_target: bool = option(False, bool, "a control: reconstruct from another image's [CLS]")
-
-    @property
-    def folder(self):
-        """Where the stage's checkpoints, log and pictures lie."""
-        return os.path.join(self.out, "e2e" if self.stage == "e2e" else f"stage{self.stage}")
-
-    @property
-    def result(self):
-        """What the stage makes: projectors and denoiser, or the enhanced CLIP."""
-        if self.stage == 1:
-            return os.path.join(self.folder, "last.safetensors")
-        return os.path.join(self.out, "clip.safetensors")
-
-
-STAGES = {"1": (1,), "2": (2,), "e2e": ("e2e",), "all": (1, 2)}
-
-PRESETS = {
-    "paper": {},
-    "toy": dict(  # tuned on the toy's dev benchmark
-        backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors",
-        data=(f"{TOY}/data/train",), val=(f"{TOY}/data/val",), benchmark=f"{TOY}/data/mmvp",
-        zeroshot=(f"folder:{TOY}/data/zeroshot",), width=128, condition=(256, 256), depth=(1, 2),
-        layers=4, batch_size=64, accum=1, workers=0, save_every=200, log_every=10),
-    "bench": dict(data=(), accum=1, steps=110, log_every=10, save_every=None, sample_every=None),
-}
-STAGE_DEFAULTS = {
-    "paper": {1: {}, 2: dict(lr=1e-5), "e2e": dict(epochs=2.0, lr_clip=1e-5)},
-    "toy": {1: dict(steps=250, lr=2e-3), 2: dict(steps=130, lr=1e-3, lr_clip=4e-4),
-            "e2e": dict(steps=380, lr=2e-3, lr_clip=4e-4)},
-    "bench": {1: {}, 2: {}, "e2e": {}},
-}
-TOY_PERCEIVER_STEPS = {1: 350, 2: 150, "e2e": 500}  # in as many steps as rf it moves CLIP less
-BENCH_ON_CPU = dict(backbone="ViT-B-32-quickgelu:openai", width=768, batch_size=4, workers=0,
-                    steps=7, log_every=1)
-
-
-def read_command_line(argv=None):
-    """What was typed, {name of a setting: value}, and nothing else."""
-    parser = Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
+def make_parser():
+    """The command line. Its defaults are the paper's for stage 1 (Sec. 5.1, App. B) and, where it
+    is silent, the official code's; OVERRIDES says where others hold."""
+    parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Settings):
-        flag, kind = f"--{field.name.replace('_', '-')}", field.metadata["kind"]
-        help = field.metadata["help"]
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=help)
-            continue
-        if field.default not in (None, ()):
-            default = field.default if isinstance(field.default, tuple) else [field.default]
-            help = f"{help} (default: {' '.join(map(str, default))})"
-        form = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        about = {key: field.metadata[key] for key in ("nargs", "metavar")}
-        parser.add_argument(flag, help=help, **form, **about)
-    return vars(parser.parse_args(argv))
+
+    def add(flag, default, help, **form):
+        shown = "" if default in (None, False, []) else " (default: %(default)s)"
+        parser.add_argument(f"--{flag}", default=default, help=help + shown, **form)
+
+    def switch(flag, help):
+        add(flag, False, help, action="store_true")
+
+    add("preset", "paper", "which set of defaults", choices=["paper", "toy", "bench"])
+    add("stage", None, "all: 1, 2, and the benchmark (default: all; bench: 1)",
+        choices=["1", "2", "e2e", "all"])
+    add("denoiser", "rf", "continuous or discrete", choices=["rf", "perceiver"])
+    add("backbone", "openai-l14-224", f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG",
+        type=nonempty)
+    add("clip-weights", None, "CLIP's file or HuggingFace folder; else downloaded", type=nonempty)
+    add("vae", "weights/ae.safetensors", "rf: FLUX.1's ae.safetensors", type=nonempty)
+    add("vqgan", "weights/vqgan_imagenet_f16_16384.safetensors",
+        "perceiver: taming's VQ-GAN, converted by vqgan.py", type=nonempty)
+    add("data", ["data/cc3m"], "training images: folders of images, tar shards, or folders of tar "
+        "shards", type=nonempty, nargs="+")
+    add("val", [], "held-out images, of which the first 512 are used", type=nonempty, nargs="+")
+    add("benchmark", "data/MMVP_VLM", "stage all: MMVP-VLM's folder", type=nonempty)
+    add("zeroshot", [], "stage all: NAME:PATH of retention tasks", type=nonempty, nargs="*")
+    add("out", None, "the run's folder (default: runs/PRESET-DENOISER)", type=nonempty)
+    add("init", None, "stage 1, e2e: a denoiser with FLUX's names (Table 7); stage 2: another "
+        "run's stage1/last.safetensors", type=nonempty)
+
+    add("epochs", None, "passes over the data (default: 1; e2e: 2)", type=RATE)
+    add("steps", None, "optimizer steps of a stage; wins over --epochs", type=COUNT)
+    add("batch-size", 16, "images in a micro-batch of one process", type=SIZE)
+    add("accum", 2, "micro-batches that a process accumulates into a step", type=SIZE)
+    add("lr", None, "learning rate of denoiser and projectors (default: 1e-4; stage 2: 1e-5)",
+        type=RATE)
+    add("lr-clip", None, "learning rate of the visual tower (default: --lr; e2e: 1e-5)", type=RATE)
+    add("warmup", 10, "steps of linear warm-up; then the rate is constant", type=number(int, 0))
+    add("weight-decay", 0.01, "AdamW's", type=number(float, 0))
+    add("clip-grad", 1.0, "largest norm of the gradient", type=RATE)
+    add("seed", 0, "of everything random", type=number(int, 0, 2**63 - 1))
+
+    add("precision", None, "autocast's (default: bf16 where it is fast)", choices=["bf16", "fp32"])
+    add("workers", 8, "data loading processes of each rank", type=number(int, 0, 1024))
+    switch("compile", "torch.compile the networks (other dropout draws)")
+    switch("shard", "FSDP2: weights, gradients and optimizer over the ranks")
+    switch("grad-checkpoint", "recompute the blocks in the backward pass")
+    add("save-every", 1000, "steps between checkpoints", type=COUNT)
+    add("sample-every", 1000, "steps between pictures and held-out losses", type=COUNT)
+    add("export-every", None, "stage 2, e2e: steps between whole CLIPs, clip-STEP", type=COUNT)
+    add("log-every", 50, "steps between rows of log.csv", type=COUNT)
+
+    add("width", None, "the denoiser's (default: 3072; perceiver: 1024)", type=SIZE)
+    add("condition", [768, 4096], "rf: widths of the projected [CLS], to modulate and as context "
+        "token", type=SIZE, nargs=2, metavar=("VEC", "CONTEXT"))
+    add("depth", [2, 4], "rf: blocks (Table 5)", type=FEW, nargs=2,
+        metavar=("MM-DIT", "SINGLE-DIT"))
+    add("layers", 6, "perceiver: layers (Table 5)", type=FEW)
+    add("timesteps", "logit-normal", "rf: of t (Table 4)", choices=["logit-normal", "uniform"])
+    add("scale", 1.0, "rf: s of the scaled logit-normal (Eq. 6, Table 4)", type=RATE)
+    add("mask-ratio", [0.5, 0.9], "perceiver: share of masked tokens (Table 8)",
+        type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"))
+    add("local-ratio", 0.0, "share of local tokens in the condition (Fig. 5)",
+        type=number(float, 0, 1))
+    switch("no-lora", "train the whole visual tower (Fig. 8)")
+    switch("freeze-denoiser", "stage 2: train LoRA alone (Fig. 9)")
+    switch("shuffle-target", "a control: reconstruct from another image's [CLS]")
+    return parser
 
 
-def make_settings(typed, stage):
-    """The settings of one stage: the preset's, the stage's, and over both what was typed."""
-    preset = typed.get("preset", "paper")
-    values = PRESETS[preset] | STAGE_DEFAULTS[preset][stage]
-    if preset == "toy" and typed.get("denoiser") == "perceiver":
-        values["steps"] = TOY_PERCEIVER_STEPS[stage]
-    if preset == "bench" and not torch.cuda.is_available():
-        values |= BENCH_ON_CPU
-    if "epochs" in typed:
-        values.pop("steps", None)
-    values |= typed | {"stage": stage}
-    s = Settings(**values)
-    precision = "bf16" if is_bf16_fast() else "fp32"
-    filled_in = dict(
-        out=s.out or f"runs/{s.preset}-{s.denoiser}",
-        width=s.width or {"rf": 3072, "perceiver": 1024}[s.denoiser],
-        lr_clip=s.lr_clip or s.lr,
-        precision=s.precision or precision,
-    )
-    return dataclasses.replace(s, **filled_in)
+STAGES = {"1": [1], "2": [2], "e2e": ["e2e"], "all": [1, 2]}
+
+OVERRIDES = [  # where these choices are made, these are the defaults; a later line wins
+    ({}, dict(lr=1e-4, epochs=1.0, width=3072)),
+    ({"denoiser": "perceiver"}, dict(width=1024)),
+    ({"stage": 2}, dict(lr=1e-5)),
+    ({"stage": "e2e"}, dict(epochs=2.0, lr_clip=1e-5)),
+    ({"preset": "toy"}, dict(  # tuned on the toy's dev benchmark
+        backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors",
+        data=[f"{TOY}/data/train"], val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp",
+        zeroshot=[f"folder:{TOY}/data/zeroshot"], width=128, condition=[256, 256], depth=[1, 2],
+        layers=4, batch_size=64, accum=1, workers=0, save_every=200, log_every=10)),
+    ({"preset": "toy", "stage": 1}, dict(steps=250, lr=2e-3)),
+    ({"preset": "toy", "stage": 2}, dict(steps=130, lr=1e-3, lr_clip=4e-4)),
+    ({"preset": "toy", "stage": "e2e"}, dict(steps=380, lr=2e-3, lr_clip=4e-4)),
+    # In as many steps as rf, the perceiver moves CLIP less.
+    ({"preset": "toy", "denoiser": "perceiver", "stage": 1}, dict(steps=350)),
+    ({"preset": "toy", "denoiser": "perceiver", "stage": 2}, dict(steps=150)),
+    ({"preset": "toy", "denoiser": "perceiver", "stage": "e2e"}, dict(steps=500)),
+    ({"preset": "bench"}, dict(
+        data=[], steps=110, log_every=10, save_every=None, sample_every=None)),
+    ({"preset": "bench", "device": "cpu"}, dict(
+        backbone="ViT-B-32-quickgelu:openai", width=768, batch_size=4, workers=0, steps=7,
+        log_every=1)),
+]
+
+
+def read_settings(argv=None):
+    """The settings of each stage that the command line asks for: a list of Namespaces."""
+    typed = make_parser().parse_args(argv)
+    stage = typed.stage or ("1" if typed.preset == "bench" else "all")
+    if stage == "all" and (typed.preset == "bench" or typed.init or typed.lr):
+        raise UserError("the bench, --init and --lr belong to one stage: name it with --stage")
+    return [settings_of(stage, typed, argv) for stage in STAGES[stage]]
+
+
+def settings_of(stage, typed, argv):
+    """One stage's settings: OVERRIDES are the parser's defaults, so that what was typed wins."""
+    choices = {"stage": stage, "denoiser": typed.denoiser, "preset": typed.preset,
+               "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    parser = make_parser()
+    for choice, values in OVERRIDES:
+        if choice.items() <= choices.items():
+            parser.set_defaults(**values)
+    s = parser.parse_args(argv)
+    s.stage = stage
+    if typed.epochs:
+        s.steps = typed.steps
+    s.out = s.out or f"runs/{s.preset}-{s.denoiser}"
+    s.lr_clip = s.lr_clip or s.lr
+    s.precision = s.precision or ("bf16" if is_bf16_fast() else "fp32")
+    check_values(s)
+    return s
 
 
 def is_bf16_fast():
@@ -269,63 +245,110 @@ def is_bf16_fast():
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def check_values(s):
+    """Settings that do not go together."""
+    head = 128 if s.denoiser == "rf" else 64
+    low, high = s.mask_ratio
+    if s.width % head:
+        raise UserError(f"--width {s.width} must be a multiple of {head}, the width of a head")
+    if low > high:
+        raise UserError(f"--mask-ratio {low} {high}: the low end comes first")
+    if s.shuffle_target and s.batch_size < 2:
+        raise UserError("--shuffle-target takes another image of the micro-batch: give "
+                        "--batch-size 2 or more")
+    if s.freeze_denoiser and s.stage == "e2e":
+        raise UserError("--freeze-denoiser belongs to stage 2: end to end, it is not yet trained")
+    if s.shard and not LAUNCHED:
+        raise UserError("--shard shares the model among processes: start it with torchrun")
+    if s.preset == "bench" and (s.steps or 0) < 2 * s.log_every:
+        raise UserError("--preset bench counts in --steps: give at least twice --log-every")
+    if s.preset == "bench" and (s.save_every or s.sample_every or s.export_every or s.init):
+        raise UserError("--preset bench saves nothing: leave --init, --save-every, --sample-every "
+                        "and --export-every out")
+
+
+def folder_of(s):
+    """Where a stage's checkpoints, log and pictures lie."""
+    return os.path.join(s.out, "e2e" if s.stage == "e2e" else f"stage{s.stage}")
+
+
+def result_of(s):
+    """What a stage makes: projectors and denoiser, or the enhanced CLIP."""
+    if s.stage == 1:
+        return os.path.join(folder_of(s), "last.safetensors")
+    return os.path.join(s.out, "clip.safetensors")
+
+
 # ------------------------------------------------------------------------------------ a run
 
+ADVICE = [  # what stands in a RuntimeError, and what users can do about it
+    (["OutOfMemoryError"],
+     "the GPU's memory is full: lower --batch-size, or try --grad-checkpoint or --shard"),
+    (["can't allocate memory"], "the memory is full: lower --batch-size, --width or --depth"),
+    (["DataLoader worker"],
+     "a data worker died, perhaps for want of memory: lower --workers, or give the container more "
+     "shared memory (docker run --ipc=host); the same command goes on"),
+    (["DistBackendError", "DistNetworkError", "DistStoreError", "gloo"],
+     "this rank lost another rank, whose own message says why; the same command goes on"),
+]
+
+
 def run(argv):
-    """Parse, check, hold the run's folder, train each stage, compare before and after."""
-    typed = read_command_line(argv)
-    bench = typed.get("preset") == "bench"
-    wish = typed.pop("stage", "1" if bench else "all")
-    if wish == "all" and (bench or typed.keys() & {"init", "lr"}):
-        raise UserError("the bench, --init and --lr belong to one stage: name it with --stage")
-    settings = [make_settings(typed, stage) for stage in STAGES[wish]]
-    lock = lock_out(settings[0]) if RANK == 0 else None
+    """Parse, hold the run's folder, train each stage, compare before and after."""
+    check_launch()
+    settings = read_settings(argv)
+    first, last = settings[0], settings[-1]
+    compares = len(settings) > 1  # stage all
+    lock = hold_out(first) if RANK == 0 else None
     if LOCAL_RANK == 0:
-        if settings[0].preset == "toy":
+        if first.preset == "toy":
             from toy.make_toy import draw_world
             draw_world(os.path.join(TOY, "data"))
-        check(settings[0], compares=wish == "all")
+        if compares:
+            check_comparison(first)
     device = start_processes()
     try:
         for s in settings:
             train_stage(s, device)
             gc.collect()  # DDP refers to itself, and would keep a stage's model beside the next
     except RuntimeError as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        raise UserError(reason) from None
+        said = f"{type(error).__name__}: {error}"
+        for signs, advice in ADVICE:
+            if any(sign in said for sign in signs):
+                raise UserError(advice) from None
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
-    if wish == "all" and RANK == 0:
-        compare(settings[-1], device)
+    if compares and RANK == 0:
+        compare(last, device)
     del lock  # held until here
 
 
 def train_stage(s, device):
-    """One stage, from its settings to its result. It goes on from its newest checkpoint."""
-    data = open_data(s)
+    """Algorithm 1 (stage 1) or 2 (stage 2), from settings to result, or from its checkpoint on."""
+    pretrained = load_pretrained(s)
+    data = open_data(s, image_side(pretrained.visual))
     images_per_step = s.batch_size * s.accum * WORLD
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
-    check_same_run(s, data)
-    if agree(RANK == 0 and is_whole(s.result)):
-        return say(f"stage {s.stage} is finished: {s.result}")
+    check_same_run(s, data, pretrained)
+    if agree(RANK == 0 and is_whole(result_of(s))):
+        return say(f"stage {s.stage} is finished: {result_of(s)}")
     heldout = load_heldout(s, data)
-
-    core = build_model(s, device)        # the GenHancer; set_stage freezes CLIP, or adds LoRA
-    model = distribute(s, core, device)  # the same model, wrapped for several processes
+    core = build_model(s, pretrained, device)  # the GenHancer; CLIP is frozen, or gets LoRA
+    model = distribute(s, core, device)        # the same model, wrapped for several processes
     optimizer = make_optimizer(s, core)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    start, undecodable = load_checkpoint(s, core, model, optimizer)
+    checkpoints = Checkpoints(s, core, model, optimizer)
+    start = checkpoints.load()
     introduce(s, core, data, images_per_step, total)
-    log = Log(s, start, total, undecodable, device)
+    log = Log(s, start, total, len(data), device)
     batches = load_batches(s, data, start, total, device)
 
     for step in range(start, total):
         for group in optimizer.param_groups:  # linear warm-up, then constant
             group["lr"] = group["initial_lr"] * min(1, (step + 1) / max(1, s.warmup))
         for micro in range(s.accum):
-            images, skipped = next(batches)
+            images, undecodable = next(batches)
             images = images.to(device, non_blocking=True).float() / 255  # (B, 3, H, W) in [0, 1]
             condition_images = images.roll(1, 0) if s.shuffle_target else images
             seed_draws("noise", s.seed, step, micro * WORLD + RANK)
@@ -333,56 +356,46 @@ def train_stage(s, device):
                 with autocast(s, device):
                     losses, levels = model(images, condition_images)  # Eq. 3 or 4, each (B,)
                 (losses.mean() / s.accum).backward()
-            log.add(losses.detach(), levels, skipped)
+            log.add(losses.detach(), levels, undecodable)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, s.clip_grad)
         optimizer.step()
-        optimizer.zero_grad()
+        clear_gradients(model, optimizer)
 
         done = step + 1
-        sampling = is_due(done, s.sample_every, total)
-        saving = is_due(done, s.save_every, total)
-        exporting = is_due(done, s.export_every, total) and s.stage != 1 and done < total
-        if sampling or saving or exporting or is_due(done, s.log_every, total):
-            grad_norm = finite_norm(s, grad_norm, done)
-            heldout_losses = look(s, done, core, model, heldout) if sampling else ("", "")
-            epoch = done * images_per_step / len(data)
-            lr = optimizer.param_groups[0]["lr"]
-            log.write_row(done, epoch, grad_norm, lr, heldout_losses)
-        if exporting:
+        due = find_due(s, done, total)
+        if due:
+            heldout_losses = look(s, done, core, model, heldout) if "sample" in due else None
+            log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], heldout_losses)
+        if "export" in due:
             write_result(s, model, os.path.join(s.out, f"clip-{done:06}.safetensors"))
-        if saving:
-            save_checkpoint(s, done, model, optimizer, log.undecodable)
+        if "save" in due:
+            checkpoints.save(done)
 
+    checkpoints.finish()
     log.bar.close()
     if s.preset == "bench":
         return print_bench(s, core, log, device)
-    write_result(s, model, s.result)
-    say(f"stage {s.stage} is done: {s.result}; {log.undecodable} images could not be decoded")
+    write_result(s, model, result_of(s), pretrained.checksums)
+    say(f"stage {s.stage} is done: {result_of(s)}; {log.undecodable} images could not be decoded")
 
 
-def is_due(step, every, total):
-    """Whether something that is done each `every` steps, and at the end, is due. None: never."""
-    return every is not None and (step % every == 0 or step == total)
-
-
-def finite_norm(s, grad_norm, step):
-    """The gradient's norm, which every rank sees, as a number; UserError if it is not finite."""
-    norm = float(grad_norm.full_tensor() if s.shard else grad_norm)
-    if not math.isfinite(norm):
-        newest = (list_checkpoints(s) or ["none"])[-1]
-        raise UserError(f"the gradient is not finite at step {step}; the newest checkpoint is "
-                        f"{newest}: try a lower --lr, or --precision fp32, in another --out")
-    return norm
+def find_due(s, step, total):
+    """What is due after a step: of "row", "sample", "save" and "export"; a row with any other."""
+    every = {"row": s.log_every, "sample": s.sample_every, "save": s.save_every}
+    if s.stage != 1 and step < total:
+        every["export"] = s.export_every
+    return {name for name, n in every.items() if n and (step % n == 0 or step == total)}
 
 
 @torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
 def look(s, step, core, model, heldout):
-    """Draw samples/STEP.png; return the held-out losses, with the right and with shuffled [CLS]."""
+    """Draw samples/STEP.png; return the held-out losses with the right and with shuffled
+    [CLS], or None without held-out images."""
     core.eval()
-    losses = ("", "")
+    losses = None
     if s.val:
-        losses = [f"{heldout_loss(s, model, heldout, roll):.6g}" for roll in (0, 1)]
+        losses = [heldout_loss(s, model, heldout, roll) for roll in (0, 1)]
     seed_draws("samples", s.seed, step)
     batch = heldout[:8].to(core.mean.device).float() / 255
     with autocast(s, batch.device):
@@ -391,7 +404,7 @@ def look(s, step, core, model, heldout):
             columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
     core.train()
     if RANK == 0:
-        draw_columns(columns, os.path.join(s.folder, "samples", f"{step:06}.png"))
+        draw_columns(columns, os.path.join(folder_of(s), "samples", f"{step:06}.png"))
     return losses
 
 
@@ -432,13 +445,67 @@ def introduce(s, core, data, images_per_step, total):
 
 # ------------------------------------------------------------------------ model and processes
 
-def build_model(s, device):
-    """The GenHancer of a stage: pretrained CLIP and autoencoder, and a denoiser to train."""
+class Pretrained(NamedTuple):
+    """What a stage is given."""
+    visual: torch.nn.Module       # the CLIP's visual tower
+    autoencoder: torch.nn.Module  # the VAE (rf) or VQ-GAN (perceiver), frozen
+    start: dict                   # trained weights to start from, {} if there are none
+    checksums: dict               # what tells other weights from these, by name
+
+
+def load_pretrained(s):
+    """The CLIP, the autoencoder and the weights to start from; UserError where they do not fit."""
     # A new backbone is a row of BACKBONES in genhancer.py, or --backbone MODEL:TAG of open_clip.
     clip, _, _ = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")
-    visual = clip.visual.to(device)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    autoencoder = load_autoencoder(s).to(device, memory_format=layout)
+    autoencoder = load_autoencoder(s)
+    side = image_side(clip.visual)
+    token = autoencoder.factor * (Continuous if s.denoiser == "rf" else Discrete).token_side
+    if side % token:
+        raise UserError(f"{s.backbone} sees {side} pixels, and the denoiser's tokens are {token} "
+                        "pixels wide: choose another backbone or autoencoder")
+    if s.preset == "bench":
+        return Pretrained(clip.visual, autoencoder, {}, {})
+    check_export(s.backbone, clip)  # the result must fit into HuggingFace's format
+    checksums = {"CLIP": checksum(clip.visual.state_dict(), {}),
+                 "autoencoder": checksum(autoencoder.state_dict(), {})}
+    start = load_start(s, checksums)
+    if s.init:
+        checksums["--init"] = checksum(start, {})
+    return Pretrained(clip.visual, autoencoder, start, checksums)
+
+
+def load_autoencoder(s):
+    """The frozen VAE (rf) or VQ-GAN (perceiver); for the bench with random weights."""
+    if s.preset == "bench":
+        random = AutoEncoder(AutoEncoderConfig()) if s.denoiser == "rf" else VQGAN(VQGANConfig())
+        return random.eval().requires_grad_(False)
+    return load_vae(s.vae) if s.denoiser == "rf" else load_vqgan(s.vqgan)
+
+
+def load_start(s, checksums):
+    """Stage 2's start, which is stage 1's result; FLUX's weights with --init; or nothing."""
+    if s.stage != 2 and not s.init:
+        return {}
+    if s.stage != 2:
+        return read_weights(s.init, "FLUX's weights", "name a file with --init")[0]
+    hint = "run --stage 1 first, or again, or name another run's stage1/last.safetensors by --init"
+    tensors, about = read_weights(start_of(s), "stage 1's weights", hint)
+    for name, value in checksums.items():
+        if about.get(name, value) != value:
+            raise UserError(f"stage 2 has another {name} than the stage 1 that made {start_of(s)}: "
+                            "give it the same")
+    return tensors
+
+
+def start_of(s):
+    """The file that stage 2 starts from."""
+    return s.init or os.path.join(s.out, "stage1", "last.safetensors")
+
+
+def build_model(s, pretrained, device):
+    """The GenHancer of a stage: pretrained CLIP and autoencoder, and a denoiser to train."""
+    visual = pretrained.visual.to(device)
+    autoencoder = pretrained.autoencoder.to(device)
     torch.manual_seed(s.seed)
     with torch.device(device):
         if s.denoiser == "rf":
@@ -448,24 +515,27 @@ def build_model(s, device):
             codebook = autoencoder.quantize.embedding.weight
             denoiser = Perceiver(perceiver_config(s, codebook), codebook)
             core = Discrete(visual, autoencoder, denoiser, s.mask_ratio, s.local_ratio)
-    load_start(s, core)
+    if s.stage == 2 and pretrained.start:
+        trained = torch.nn.ModuleDict({"denoiser": denoiser, "projectors": core.projectors})
+        what = "stage 1's weights for these settings"
+        load_strictly(trained, pretrained.start, start_of(s), what)
+    elif pretrained.start:
+        what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
+        load_strictly(denoiser, pretrained.start, s.init, what)
     if s.grad_checkpoint:
-        denoiser.grad_checkpointing = True
-        visual.set_grad_checkpointing(True)
+        recompute_blocks(core, True)
     if s.compile:
         warnings.filterwarnings("ignore", ".*lru_cache.*")  # Dynamo traces what it holds: harmless
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
     # Stage 1: freezes CLIP. Stages 2 and e2e: injects LoRA.
-    return core.set_stage(s.stage, not s.no_lora, s.freeze_denoiser)
+    return core.set_stage(s.stage, lora=not s.no_lora, freeze_denoiser=s.freeze_denoiser)
 
 
-def load_autoencoder(s):
-    """The frozen VAE (rf) or VQ-GAN (perceiver); for the bench with random weights."""
-    if s.preset == "bench":
-        random = AutoEncoder(AutoEncoderConfig()) if s.denoiser == "rf" else VQGAN(VQGANConfig())
-        return random.eval().requires_grad_(False)
-    return load_vae(s.vae) if s.denoiser == "rf" else load_vqgan(s.vqgan)
+def recompute_blocks(core, recompute):
+    """Whether the blocks are computed again in the backward pass, to save memory."""
+    core.denoiser.grad_checkpointing = recompute
+    core.visual.set_grad_checkpointing(recompute)
 
 
 def flux_config(s, autoencoder):
@@ -490,24 +560,6 @@ def perceiver_config(s, codebook):
     )
 
 
-def load_start(s, core):
-    """Load what a stage starts from: stage 1's weights for stage 2, FLUX's with --init."""
-    if s.preset == "bench":
-        return
-    if s.stage == 2:
-        what = "stage 1's weights for these settings"
-        trained = torch.nn.ModuleDict({"denoiser": core.denoiser, "projectors": core.projectors})
-        load_strictly(trained, read_weights(start_of(s), what)[0], start_of(s), what)
-    elif s.init:
-        what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
-        load_strictly(core.denoiser, read_weights(s.init, what)[0], s.init, what)
-
-
-def start_of(s):
-    """The file that stage 2 starts from."""
-    return s.init or os.path.join(s.out, "stage1", "last.safetensors")
-
-
 def make_optimizer(s, core):
     """AdamW over what trains: denoiser and projectors at --lr, the visual tower at --lr-clip."""
     ours = [*core.denoiser.parameters(), *core.projectors.parameters()]
@@ -524,6 +576,16 @@ def autocast(s, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
 
 
+def check_launch():
+    """What this program was started on, and by what."""
+    if sys.platform == "win32":
+        raise UserError("training runs on Linux, on macOS and under WSL, not on Windows itself")
+    alone = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if alone and not LAUNCHED:
+        raise UserError(f"{alone[0]} is set, and not all that torchrun sets: start several "
+                        f"processes with torchrun; for a single one, unset {' '.join(alone)}")
+
+
 def start_processes():
     """This process's device, set up; under torchrun, the processes find each other."""
     if torch.cuda.is_available():
@@ -533,7 +595,7 @@ def start_processes():
     else:
         device = torch.device("cpu")
         torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too: its backward is slow
-    if "RANK" in os.environ:
+    if LAUNCHED:
         nccl = device.type == "cuda"
         dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(minutes=30),
                                 device_id=device if nccl else None)
@@ -574,6 +636,12 @@ def reducing(s, model, micro):
     return contextlib.nullcontext()
 
 
+def clear_gradients(model, optimizer):
+    """Under DDP a gradient is a view of the bucket that is reduced: without it, a micro-batch that
+    is not reduced would make another gradient beside it."""
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+
+
 def agree(number):
     """Rank 0's integer, on every rank."""
     if WORLD == 1:
@@ -606,16 +674,26 @@ def seed_draws(stream, *key):
 # ------------------------------------------------------------------------------------ images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ENTRY = np.dtype([("file", np.int32), ("offset", np.int64), ("size", np.int64)])
+OTHER_SUFFIXES = (".jfif", ".jpe", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
 WHOLE = -1  # the size of an entry that is a whole file
 
 
-def open_data(s):
+def open_data(s, side):
     """The training images; noise for the bench without --data."""
-    side = backbone_side(s)
     if not s.data:
         return RandomImages(s.batch_size, side)
-    return Images(s.data, side, os.path.join(s.out, "index-data.npz"))
+    return open_images(s.data, side, os.path.join(s.out, "index-data.safetensors"))
+
+
+def open_images(paths, side, index_path):
+    """Images from folders and shards, whose index rank 0 makes, and which is cached."""
+    if RANK == 0:
+        make_index(paths, index_path)
+    barrier()
+    if not os.path.exists(index_path):
+        raise UserError(f"{index_path}, which rank 0 wrote, is not to be seen by rank {RANK}: name "
+                        "an --out that all nodes share")
+    return Images(index_path, side)
 
 
 def load_heldout(s, data):
@@ -624,7 +702,7 @@ def load_heldout(s, data):
         return None
     count = 8
     if s.val:
-        data = Images(s.val, data.side, os.path.join(s.out, "index-val.npz"))
+        data = open_images(s.val, data.side, os.path.join(s.out, "index-val.safetensors"))
         count = 512
     images = [data.load(i, augment=False)[0] for i in range(min(len(data), count))]
     images = [image for image in images if image is not None]
@@ -636,8 +714,9 @@ def load_heldout(s, data):
 def load_batches(s, data, start, total, device):
     """This rank's micro-batches from step `start` on, as Images.__getitem__ gives them."""
     keys = batch_keys(s, len(data), start, total)
+    context = start_method() if s.workers else None
     return iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
-                           pin_memory=device.type == "cuda"))
+                           multiprocessing_context=context, pin_memory=device.type == "cuda"))
 
 
 def batch_keys(s, n, start, total):
@@ -658,58 +737,58 @@ def epoch_order(n, seed, epoch):
 
 
 class Images(Dataset):
-    """Training images by index, from folders and tar shards.
+    """Training images, of an index file that make_index wrote.
 
     An item is a whole micro-batch, so that its crops follow from its own (seed, step, slot).
-    paths: as find_images takes them. side: of the square output, in pixels. index_path: where
-    the index is cached.
+    side: of the square output, in pixels.
     """
+    TRIES = 100  # images that may stand in, one after the other, for one that cannot be decoded
 
-    def __init__(self, paths, side, index_path):
-        if RANK == 0:
-            make_index(paths, index_path)
-        barrier()
-        index = np.load(index_path)
-        self.files = index["files"]      # an array: a list would be copied by each worker in time
-        self.stamps = index["stamps"]
-        self.entries = index["entries"]
-        if not len(self.entries):
-            raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
+    def __init__(self, index_path, side):
+        self.index_path = index_path
         self.side = side
+        index, _ = read_weights(index_path, "the index of the data")
+        self.files = index["files"].numpy()
+        self.stamps = index["stamps"].numpy()
+        self.entries = index["entries"].numpy()
         bicubic = v2.InterpolationMode.BICUBIC  # antialiased
         self.random_crop = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
-        self.centre_crop = v2.Compose([v2.Resize(side, bicubic), v2.CenterCrop(side)])
+        self.resize = v2.Resize(side, bicubic)
+
+    def __reduce__(self):
+        return Images, (self.index_path, self.side)  # each worker maps the index itself
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, key):
-        """(seed, step, slot, indices) -> uint8 (B, 3, side, side), and the names of skipped images.
-
-        The next image stands in for one that cannot be decoded.
-        """
+        """(seed, step, slot, indices) -> uint8 (B, 3, side, side), and the names of those images
+        that were drawn and cannot be decoded. For each, another drawn at random stands in."""
         *draw, indices = key
         seed_draws("crops", *draw)
-        images, skipped = [], []
+        images, undecodable = [], []
         for index in indices:
             image, name = self.load(index)
-            while image is None:
-                skipped.append(name)
-                if len(skipped) > 1000:
-                    raise UserError(f"data: over 1000 images of a batch cannot be decoded: {name}")
-                index = (index + 1) % len(self)
-                image, name = self.load(index)
+            for _ in range(self.TRIES):
+                if image is not None:
+                    break
+                undecodable.append(name)
+                image, name = self.load(int(torch.randint(len(self), ())))
+            if image is None:
+                raise UserError(f"data: {self.TRIES} images in a row cannot be decoded, the last "
+                                f"is {name}: mend the data, or leave that part out")
             images.append(image)
-        return torch.stack(images), skipped
+        return torch.stack(images), undecodable
 
     def load(self, index, augment=True):
         """One image, uint8 (3, side, side), or None if it cannot be decoded; and its name."""
-        file, offset, size = self.entries[index]
-        path = os.fsdecode(bytes(self.files[file]))
+        number, offset, size = self.entries[index].tolist()
+        path = os.fsdecode(self.files[number].tobytes().rstrip(b"\0"))
         name = path if size == WHOLE else f"{path} at byte {offset}"
         try:
             with open(path, "rb") as stream:
-                if size != WHOLE and stamp_of(stream.fileno()) != tuple(self.stamps[file]):
+                stamp = tuple(self.stamps[number])
+                if size != WHOLE and stamp_of(stream.fileno()) != stamp:
                     raise UserError(f"data: {path} is not what it was when the run began: put the "
                                     "shard back, or choose another --out")
                 stream.seek(offset)
@@ -718,27 +797,32 @@ class Images(Dataset):
             raise UserError(f"data: {path} can no longer be read ({error.strerror}): put it back "
                             "and run the same command again") from None
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 needed = math.ceil(self.side / 0.9)  # no crop is less than .9 of a side
                 image.draft(None, (needed, needed))  # JPEG: decode at a fraction that is enough
-                crop = self.random_crop if augment else self.centre_crop
-                return crop(pil_to_tensor(to_rgb(image))), name
+                pixels = pil_to_tensor(to_rgb(image))
+            return (self.random_crop(pixels) if augment else self.centre_crop(pixels)), name
         except Exception:  # the decoders raise anything; from memory, the image is at fault
             return None, name
 
+    def centre_crop(self, pixels):
+        """The middle square, resized: in this order, a thin image takes no memory."""
+        return self.resize(v2.functional.center_crop(pixels, [min(pixels.shape[1:])]))
+
     def fingerprint(self):
         """The same for the same images in the same order, wherever they lie."""
-        names = b"\n".join(os.path.basename(path) for path in self.files)
-        return f"{len(self)} images, {zlib.crc32(self.entries.tobytes(), zlib.crc32(names)):08x}"
+        paths = self.files.view(f"S{self.files.shape[1]}").ravel().tolist()
+        names = b"\n".join(os.path.basename(path) for path in paths)
+        return f"{len(self)} images, {zlib.crc32(self.entries, zlib.crc32(names)):08x}"
 
 
 def to_rgb(image):
-    """A PIL image of any mode -> upright 8-bit RGB, on white."""
+    """A PIL image -> upright 8-bit RGB, on white. ValueError for greys of unknown range."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
-        values = np.asarray(image)
-        values = values >> 8 if values.max() > 255 else values
-        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("greys of 32 bits, signed ones and floats do not say what white is")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -758,50 +842,44 @@ class RandomImages(Dataset):
         return self.batch, []
 
 
-def backbone_side(s):
-    """The side of the square images that the backbone takes, in pixels."""
-    model = find_backbone(s.backbone, s.clip_weights, random=s.preset == "bench").model
-    return open_clip.get_model_config(model)["vision_cfg"]["image_size"]
-
-
 def make_index(paths, index_path):
     """Index the images under `paths`, unless index_path holds the index of these very files.
 
-    files: all shards and images, sorted. stamps: size and time of each shard, zeros for images.
-    entries: for each image its file, its offset and its size in bytes.
+    files: uint8 (F, longest), the paths of all shards and images, sorted, with zeros behind them.
+    stamps: (F, 2), size and time of each shard, zeros for images. entries: (N, 3), for each image
+    the number of its file, its offset and its size in bytes.
     """
     shards, images = find_images(paths)
     files = np.array([os.fsencode(path) for path in shards + images])
-    stamps = np.array([stamp_of(path) for path in shards] + [(0, 0)] * len(images), dtype=np.int64)
+    files = files.view(np.uint8).reshape(len(files), -1)
+    stamps = [stamp_of(path) for path in shards] + [(0, 0)] * len(images)
+    tables = {"files": torch.from_numpy(files), "stamps": torch.tensor(stamps)}
     try:
-        known = np.load(index_path)
-        if np.array_equal(known["files"], files) and np.array_equal(known["stamps"], stamps):
+        known, _ = read_weights(index_path, "index")
+        if all(torch.equal(known[name], table) for name, table in tables.items()):
             return
-    except Exception:  # there is none yet, or it is damaged: np.load raises nearly anything
+    except UserError:  # there is none yet, or it is damaged
         pass
-    entries = [np.array([], dtype=ENTRY)]
-    for number, table in enumerate(index_shards(shards)):
-        entries.append(np.array([(number, *row) for row in table], dtype=ENTRY))
-    whole = [(len(shards) + number, 0, WHOLE) for number in range(len(images))]
-    entries = np.concatenate([*entries, np.array(whole, dtype=ENTRY)])
-
-    def write(part):
-        with open(part, "wb") as file:
-            np.savez(file, files=files, stamps=stamps, entries=entries)
-
-    write_file(index_path, write)
+    entries = []
+    for place, table in enumerate(index_shards(shards)):
+        entries += [(place, *row) for row in table]
+    entries += [(place, 0, WHOLE) for place in range(len(shards), len(files))]
+    if not entries:
+        raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
+    tables["entries"] = torch.tensor(entries)
+    write_weights(index_path, tables)
 
 
 def find_images(paths):
-    """Folders and tar files -> (shards, images), two lists of files. UserError if neither.
+    """Folders and tar files -> (shards, images), two sorted lists of files.
 
-    Of a folder that holds tar files, subfolders included, these alone count.
+    UserError for a path with neither, and for a folder with both.
     """
-    shards, images = [], []
+    shards, images, others = [], [], 0
     for path in paths:
         if os.path.isdir(path):
             try:
-                found = list_files(path)
+                found = list_files(path, set())
             except OSError as error:
                 raise UserError(f"data: a folder cannot be read: {error}") from None
         elif os.path.isfile(path):
@@ -810,24 +888,47 @@ def find_images(paths):
             raise UserError(f"data not found at {path}: name folders of images, or tar shards "
                             "(the README says how to get CC3M)")
         tars = [name for name in found if name.lower().endswith(".tar")]
-        pictures = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
+        pictures = [name for name in found if is_image(name)]
+        if tars and pictures:
+            raise UserError(f"data: {path} holds {len(tars)} tar shards and {len(pictures)} "
+                            f"images, {tars[0]} and {pictures[0]} among them: name the shards or "
+                            "the images alone")
         if not tars and not pictures:
             raise UserError(f"data: no image and no .tar in {path}: name folders of images, or tar "
                             "shards, with --data")
         shards += tars
-        images += [] if tars else pictures
+        images += pictures
+        others += sum(name.lower().endswith(OTHER_SUFFIXES) for name in found)
+    if others:
+        say(f"data: {others} files of other kinds ({', '.join(OTHER_SUFFIXES)}) are left out")
     return shards, images
 
 
-def list_files(folder):
-    """The regular files under a folder, sorted: a FIFO among them would block its reader."""
-    files = []
+def is_image(path):
+    """Whether a file counts as an image, to be decoded: by its suffix, or without any, as the
+    common downloader of CC3M saves images."""
+    name = os.path.basename(path).lower()
+    return name.endswith(IMAGE_SUFFIXES) or "." not in name
+
+
+def list_files(folder, seen):
+    """The regular files under a folder, sorted: a FIFO among them would block its reader.
+
+    Links to folders are followed; `seen` holds the folders that were, each by device and inode.
+    """
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return []
+    seen.add((status.st_dev, status.st_ino))
+    files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                files += list_files(entry.path)
+            if entry.is_dir():
+                folders.append(entry.path)
             elif entry.is_file():
                 files.append(entry.path)
+    for path in sorted(folders):
+        files += list_files(path, seen)
     return sorted(files)
 
 
@@ -842,7 +943,8 @@ def index_shards(shards):
     if len(shards) < 8:
         return [index_shard(path) for path in shards]
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_interrupt) as pool:
+    context = multiprocessing.get_context(start_method())
+    with ProcessPoolExecutor(None, context, signal.signal, ignore_interrupt) as pool:
         tables = pool.map(index_shard, shards)
         return list(tqdm(tables, "indexing shards", total=len(shards), leave=False))
 
@@ -876,73 +978,92 @@ def index_shard(path):
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save_checkpoint(s, step, model, optimizer, undecodable):
-    """step-N.safetensors: trained weights, optimizer moments and counts. The newest two are kept.
+class Checkpoints:
+    """step-N.safetensors in a stage's folder: trained weights and optimizer moments.
 
-    Names and shapes are the same with one process, DDP and FSDP2.
+    Names and shapes are the same with one process, DDP and FSDP2, which is why the state goes
+    through torch.distributed.checkpoint. A checkpoint is written in the background while training
+    goes on; a failure is raised when the next one begins, or at the end. The newest two are kept.
     """
-    weights, moments = get_state_dict(model, optimizer, options=FULL)  # all ranks take part
-    if RANK == 0:
+
+    def __init__(self, s, core, model, optimizer):
+        self.folder = folder_of(s)
+        self.trained = [name for name, p in core.named_parameters() if p.requires_grad]
+        self.model = model
+        self.optimizer = optimizer
+        self.thread = ThreadPoolExecutor(1)
+        self.written = None  # the Future of the write that has begun last
+
+    def save(self, step):
+        """Copy the state to the host, and begin to write it. All ranks take part."""
+        self.finish()
+        weights, state = get_state_dict(self.model, self.optimizer, options=FULL)
+        if RANK > 0:
+            return
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-        for name, state in moments["state"].items():
-            for kind, tensor in state.items():
+        for name, moments in state["state"].items():
+            for kind, tensor in moments.items():
                 tensors[f"{kind}.{name}"] = tensor
-        about = dict(step=step, undecodable=undecodable, param_groups=moments["param_groups"])
-        path = checkpoint_path(s, step)
+        if not torch.cuda.is_available():  # these are the very tensors that training changes
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        about = {"step": step, "param_groups": state["param_groups"]}
+        self.written = self.thread.submit(self.write, step, tensors, about)
+
+    def write(self, step, tensors, about):
+        path = self.path(step)
         write_weights(path, tensors, about)
-        older = [other for other in list_checkpoints(s) if other < path]
+        older = [other for other in self.list() if other < path]
         for old in older[:-1]:
             os.remove(old)
 
+    def finish(self):
+        """Wait until the last checkpoint is written; UserError if it could not be."""
+        if self.written:
+            self.written.result()
 
-def load_checkpoint(s, core, model, optimizer):
-    """Restore the newest whole checkpoint of a stage: (its step, undecodable images so far)."""
-    step = agree(find_checkpoint(s, core) if RANK == 0 else 0)
-    if step == 0:
-        return 0, 0
-    path = checkpoint_path(s, step)
-    tensors, about = read_weights(path, "checkpoint")
-    weights, state = {}, {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            weights[name] = tensor
-        else:
-            state.setdefault(name, {})[kind] = tensor
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=weights,
-        optim_state_dict={"state": state, "param_groups": about["param_groups"]},
-        options=StateDictOptions(full_state_dict=True, strict=False),  # what is frozen is not in it
-    )
-    say(f"resumed from {path}")
-    return step, about["undecodable"]
+    def load(self):
+        """Restore the newest whole checkpoint, and return its step; 0 if there is none."""
+        step = agree(self.find() if RANK == 0 else 0)
+        if step == 0:
+            return 0
+        tensors, about = read_weights(self.path(step), "checkpoint")
+        weights, state = {}, {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "model":
+                weights[name] = tensor
+            else:
+                state.setdefault(name, {})[kind] = tensor
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=weights,
+            optim_state_dict={"state": state, "param_groups": about["param_groups"]},
+            options=StateDictOptions(full_state_dict=True, strict=False),  # the frozen is not in it
+        )
+        say(f"resumed from {self.path(step)}")
+        return step
 
+    def find(self):
+        """The step of the newest checkpoint that is whole and of this model, or 0."""
+        kinds = ("model", "exp_avg", "exp_avg_sq", "step")
+        wanted = {f"{kind}.{name}" for kind in kinds for name in self.trained}
+        for path in reversed(self.list()):
+            try:
+                tensors, about = read_weights(path, "checkpoint")
+                if tensors.keys() == wanted and path == self.path(about.get("step", 0)):
+                    return about["step"]
+                say(f"{path} is of another step or model, and is passed over")
+            except UserError as error:
+                say(f"{error}, and is passed over")
+        return 0
 
-def find_checkpoint(s, core):
-    """The step of the newest checkpoint that is whole and of this model, or 0."""
-    trained = [name for name, p in core.named_parameters() if p.requires_grad]
-    kinds = ("model", "exp_avg", "exp_avg_sq", "step")
-    wanted = {f"{kind}.{name}" for kind in kinds for name in trained}
-    for path in reversed(list_checkpoints(s)):
-        try:
-            tensors, about = read_weights(path, "checkpoint")
-            if tensors.keys() == wanted and path == checkpoint_path(s, about.get("step", 0)):
-                return about["step"]
-            say(f"{path} is of another step or model, and is passed over")
-        except UserError as error:
-            say(f"{error}, and is passed over")
-    return 0
+    def path(self, step):
+        return os.path.join(self.folder, f"step-{step:08}.safetensors")
 
-
-def checkpoint_path(s, step):
-    return os.path.join(s.folder, f"step-{step:08}.safetensors")
-
-
-def list_checkpoints(s):
-    """The checkpoints of a stage, oldest first, whole or not."""
-    return sorted(glob.glob(os.path.join(glob.escape(s.folder), "step-*.safetensors")))
+    def list(self):
+        """The checkpoints, oldest first, whole or not."""
+        return sorted(glob.glob(os.path.join(glob.escape(self.folder), "step-*.safetensors")))
 
 
 def is_whole(path):
@@ -958,66 +1079,76 @@ class Log:
     BINS = 10      # of t, or of the mask ratio
     ENOUGH = 1000  # images, before the undecodable among them are judged
 
-    def __init__(self, s, start, total, undecodable, device):
+    def __init__(self, s, start, total, data_size, device):
+        self.s = s
+        self.start = self.since = start
         self.total = total
-        self.undecodable = undecodable
-        self.skipped = 0  # by this rank since the last row
+        self.data_size = data_size
         self.images_per_step = s.batch_size * s.accum * WORLD
         self.losses = torch.zeros(self.BINS, device=device)
         self.images = torch.zeros(self.BINS, device=device)
-        self.path = os.path.join(s.folder, "log.csv")
+        self.undecodable = 0   # images since the start or restart, over all ranks at the last row
+        self.undecodable_here = 0
+        self.path = os.path.join(folder_of(s), "log.csv")
         level = "t" if s.denoiser == "rf" else "mask"
         bins = [f"loss_{level}_{i / self.BINS}" for i in range(self.BINS)]
         self.columns = ["step", "epoch", "loss", *bins, "grad_norm", "lr", "images_per_s",
                         "peak_memory_gb", "undecodable", "heldout", "heldout_shuffled"]
-        self.rows = self.read_rows(start) if start else []
-        self.since = start
+        self.rows = self.read_rows() if start else []
         self.clock = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.bar = tqdm(total=total, initial=start, desc=f"stage {s.stage}", unit="step",
                         disable=None if RANK == 0 else True, dynamic_ncols=True)
 
-    def read_rows(self, start):
+    def read_rows(self):
         """The rows up to the step from which the run goes on, which has one; none without a log."""
         if not os.path.exists(self.path):
             return []
         try:
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-            rows = [row for row in rows if int(row["step"]) <= start]
-            if not rows or int(rows[-1]["step"]) != start:
+            rows = [row for row in rows if int(row["step"]) <= self.start]
+            if not rows or int(rows[-1]["step"]) != self.start:
                 raise ValueError("its end is missing")
             return [[row[name] for name in self.columns] for row in rows]
         except (OSError, ValueError, KeyError, TypeError, csv.Error):
             raise UserError(f"{self.path} cannot be read as this run's log: mend it, or move it "
                             "away") from None
 
-    def add(self, losses, levels, skipped):
-        """Note a micro-batch: losses (B,), timesteps or mask ratios (B,), and skipped images."""
+    def add(self, losses, levels, undecodable):
+        """Note a micro-batch: losses (B,), their t or mask ratios (B,), and undecodable images."""
         bins = (levels * self.BINS).long().clamp(max=self.BINS - 1)
         self.losses.index_add_(0, bins, losses)
         self.images.index_add_(0, bins, torch.ones_like(losses))
-        room = max(0, 20 - self.undecodable - self.skipped)
-        for name in skipped[:room]:
-            tqdm.write(f"skipped, cannot be decoded: {name}", file=sys.stderr)
-        self.skipped += len(skipped)
+        for name in undecodable[:max(0, 20 - self.undecodable_here)]:
+            tqdm.write(f"cannot be decoded, another stands in: {name}", file=sys.stderr)
+        self.undecodable_here += len(undecodable)
 
-    def write_row(self, step, epoch, grad_norm, lr, heldout):
-        """Sum over the ranks and write a row. This waits for the device, so it is called rarely."""
-        skipped = torch.tensor(self.skipped, device=self.losses.device)
+    def write_row(self, step, grad_norm, lr, heldout_losses):
+        """Sum over the ranks and write a row. This waits for the device, so it is called rarely.
+
+        UserError if the gradient is not finite, or if too many images cannot be decoded.
+        """
+        grad_norm = float(grad_norm.full_tensor() if self.s.shard else grad_norm)
+        if not math.isfinite(grad_norm):
+            raise UserError(f"the gradient is not finite at step {step}: try a lower --lr, or "
+                            "--precision fp32, in another --out")
+        undecodable = torch.tensor(self.undecodable_here, device=self.losses.device)
         if WORLD > 1:
-            for sums in (self.losses, self.images, skipped):
+            for sums in (self.losses, self.images, undecodable):
                 dist.all_reduce(sums)
-        self.undecodable += int(skipped)
+        self.undecodable = int(undecodable)
         self.check_undecodable(step)
         loss = (self.losses.sum() / self.images.sum()).item()
         speed = self.images.sum().item() / (time.perf_counter() - self.clock)
         bins = (self.losses / self.images).tolist()
         bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: no image in it
-        progress = [f"{grad_norm:.4g}", f"{lr:.3g}", f"{speed:.4g}", f"{peak_memory():.2f}"]
-        self.rows.append([step, f"{epoch:.4f}", f"{loss:.6g}", *bins, *progress,
-                          self.undecodable, *heldout])
+        epoch = step * self.images_per_step / self.data_size
+        heldout = [f"{mean:.6g}" for mean in heldout_losses] if heldout_losses else ["", ""]
+        self.rows.append([
+            step, f"{epoch:.4f}", f"{loss:.6g}", *bins, f"{grad_norm:.4g}", f"{lr:.3g}",
+            f"{speed:.4g}", f"{peak_memory():.2f}", self.undecodable, *heldout])
         if RANK == 0:
             write_file(self.path, self.write)
         progress = f"loss {loss:.4f}, {speed:.0f} images/s"
@@ -1028,14 +1159,13 @@ class Log:
         self.since = step
         self.losses.zero_()
         self.images.zero_()
-        self.skipped = 0
         self.clock = time.perf_counter()
 
     def check_undecodable(self, step):
-        """UserError, on all ranks, if more than a tenth of the images seen could not be decoded."""
-        seen = step * self.images_per_step
+        """UserError, on all ranks, if more than a tenth of the images could not be decoded."""
+        seen = (step - self.start) * self.images_per_step
         if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or step == self.total):
-            raise UserError(f"data: {self.undecodable} images of {seen} cannot be decoded: mend "
+            raise UserError(f"data: {self.undecodable} of {seen} images cannot be decoded: mend "
                             "the data, or leave that part out")
 
     def write(self, part):
@@ -1047,19 +1177,21 @@ def peak_memory():
     """The most memory that this process has held, in GB: the GPU's, or else the host's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    import resource  # which Windows lacks
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ------------------------------------------------------------------------------------ results
 
-def write_result(s, model, path):
+def write_result(s, model, path, checksums=None):
     """Stage 1's projectors and denoiser, or the CLIP of the other stages, by rank 0."""
     weights = get_model_state_dict(model, options=FULL)  # all ranks take part
     if RANK == 0 and s.stage == 1:
-        write_weights(path, weights)
+        write_weights(path, weights, checksums)
     elif RANK == 0:
         clip = trained_clip(s, weights)
-        if path == s.result:
+        if path == result_of(s):
             export_hf(clip, os.path.join(s.out, "hf"))
         write_weights(path, clip.state_dict())
     barrier()
@@ -1080,11 +1212,19 @@ def trained_clip(s, weights):
     return clip
 
 
+def check_comparison(s):
+    """Look beforehand at what stage all needs at its end."""
+    check_benchmark(s.benchmark)
+    for task in s.zeroshot:
+        check_zeroshot(*task.partition(":")[::2])
+    make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
+
+
 def compare(s, device):
     """The benchmark and the retention tasks, before and after: screen and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
     results = []
-    for weights in (s.clip_weights, s.result):
+    for weights in (s.clip_weights, result_of(s)):
         clip, preprocess, tokenizer = load_clip(s.backbone, weights)
         results.append(evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks))
     before, after = results
@@ -1103,6 +1243,7 @@ def print_bench(s, core, log, device):
     speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
+    recompute_blocks(core, False)  # the model's own work alone is counted
     with FlopCounterMode(display=False) as counter, autocast(s, device):
         core(images)[0].mean().backward()
     tflops = counter.get_total_flops() * s.accum * steps_per_s / 1e12
@@ -1118,9 +1259,9 @@ def print_bench(s, core, log, device):
     say(f"MFU                  {mfu}")
 
 
-# ------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------ a folder holds one run
 
-# What may change when a run goes on; data and weights are known by their fingerprints.
+# What may change when a run goes on; data and weights are known by their content.
 MOVABLE = {
     "stage", "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
     "workers", "save_every", "sample_every", "log_every", "export_every",
@@ -1128,19 +1269,16 @@ MOVABLE = {
 }
 
 
-def check_same_run(s, data):
+def check_same_run(s, data, pretrained):
     """A stage's folder holds one run: UserError if it was begun with other settings."""
     if RANK > 0 or s.preset == "bench":
         return
-    settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in MOVABLE}
+    settings = {key: value for key, value in vars(s).items() if key not in MOVABLE}
     settings["micro-batches of a step (processes x --accum)"] = s.accum * WORLD
     settings["data"] = data.fingerprint()
-    autoencoder = "vae" if s.denoiser == "rf" else "vqgan"
-    for key in ("clip_weights", autoencoder, "init"):
-        if getattr(s, key):
-            settings[key] = fingerprint(getattr(s, key))
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    path = os.path.join(s.folder, "settings.json")
+    for name, value in pretrained.checksums.items():
+        settings[f"checksum of the {name}"] = value
+    path = os.path.join(folder_of(s), "settings.json")
     if not os.path.exists(path):
         return write_json(path, settings)
     before = read_json(path)
@@ -1148,98 +1286,17 @@ def check_same_run(s, data):
     changed = [f"{name} was {before.get(name)}, is {settings.get(name)}"
                for name in names if before.get(name) != settings.get(name)]
     if changed:
-        raise UserError(f"{s.folder} holds a run with other settings ({'; '.join(changed)}): give "
-                        "it the same again, or choose another --out")
+        raise UserError(f"{folder_of(s)} holds a run with other settings ({'; '.join(changed)}): "
+                        "give it the same again, or choose another --out")
 
 
-def fingerprint(path):
-    """What tells one file or folder of weights from another, at no cost: name, size, first MiB."""
-    if os.path.isdir(path):
-        return os.path.basename(os.path.abspath(path))
-    with open(path, "rb") as file:
-        start = zlib.crc32(file.read(1 << 20))
-    return f"{os.path.basename(path)}, {os.path.getsize(path)} bytes, {start:08x}"
-
-
-def check(s, compares):
-    """Look, before anything expensive, at all that a run needs. UserError at the first mistake."""
-    check_values(s)
-    if s.preset == "bench":
-        return
-    for name in ("stage1", "stage2") if s.stage == "e2e" else ("e2e",):
-        if os.path.isdir(os.path.join(s.out, name)):
-            raise UserError(f"--out {s.out} holds another run ({name}): choose another folder")
-    check_sides(s)
-    find_images(s.data)
-    find_images(s.val)
-    if compares:
-        check_benchmark(s.benchmark)
-        for task in s.zeroshot:
-            check_zeroshot(*task.partition(":")[::2])
-    check_start(s)
-    clip, _, tokenizer = load_clip(s.backbone, s.clip_weights)  # may download: once for the machine
-    check_export(s, clip)
-    if compares:
-        tokenizer(["a photo"])  # SigLIP's may be missing
-
-
-def check_export(s, clip):
-    """The enhanced CLIP must fit into HuggingFace's format."""
-    try:
-        hf_config(clip)
-    except (AttributeError, KeyError):
-        raise UserError(f"{s.backbone} is neither a CLIP nor a SigLIP with vision transformers: "
-                        "choose another backbone") from None
-
-
-def check_values(s):
-    """Settings that do not go together."""
-    head = 128 if s.denoiser == "rf" else 64
-    low, high = s.mask_ratio
-    if s.width % head:
-        raise UserError(f"--width {s.width} must be a multiple of {head}, the width of a head")
-    if low > high:
-        raise UserError(f"--mask-ratio {low} {high}: the low end comes first")
-    if s.shuffle_target and s.batch_size < 2:
-        raise UserError("--shuffle-target takes another image of the micro-batch: give "
-                        "--batch-size 2 or more")
-    if s.freeze_denoiser and s.stage == "e2e":
-        raise UserError("--freeze-denoiser belongs to stage 2: end to end, it is not yet trained")
-    if s.shard and "RANK" not in os.environ:
-        raise UserError("--shard shares the model among processes: start it with torchrun")
-    if s.preset == "bench" and (s.steps or 0) < 2 * s.log_every:
-        raise UserError("--preset bench counts in --steps: give at least twice --log-every")
-    if s.preset == "bench" and (s.save_every or s.sample_every or s.export_every or s.init):
-        raise UserError("--preset bench saves nothing: leave --init, --save-every, --sample-every "
-                        "and --export-every out")
-    if s.preset == "bench" and os.path.exists(os.path.join(s.folder, "settings.json")):
-        raise UserError(f"--out {s.out} holds a run: choose another folder for the bench")
-
-
-def check_sides(s):
-    """The autoencoder's tokens must fill the images that the backbone takes."""
-    method = Continuous if s.denoiser == "rf" else Discrete
-    factor = load_autoencoder(s).factor * method.token_side
-    side = backbone_side(s)
-    if side % factor:
-        raise UserError(f"{s.backbone} sees {side} pixels, and the denoiser's tokens are {factor} "
-                        "pixels wide: choose another backbone or autoencoder")
-
-
-def check_start(s):
-    """What the stage starts from is there and, if this program wrote it, whole."""
-    if s.stage != 2 and not s.init:
-        return
-    start = start_of(s)
-    if not os.path.isfile(start):
-        way = "run --stage 1 first, or name" if s.stage == 2 else "name"
-        raise UserError(f"no weights to start from at {start}: {way} a file with --init")
-    if s.stage == 2:
-        read_weights(start, "stage 1's weights", "run --stage 1 again, which makes them anew")
-
-
-def lock_out(s):
+def hold_out(s):
     """Make the run's folder and hold it while this process lives: a second run there is refused."""
+    import fcntl  # which Windows lacks
+    others = {1: ["e2e"], 2: ["e2e"], "e2e": ["stage1", "stage2"]}[s.stage]
+    for name in ["stage1", "stage2", "e2e"] if s.preset == "bench" else others:
+        if os.path.exists(os.path.join(s.out, name, "settings.json")):
+            raise UserError(f"--out {s.out} holds another run ({name}): choose another folder")
     try:
         os.makedirs(s.out, exist_ok=True)
         file = open(os.path.join(s.out, ".lock"), "w")  # noqa: SIM115 (open for as long as the run)
@@ -1248,25 +1305,15 @@ def lock_out(s):
         raise UserError(message) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"--out {s.out} is in use by another run: choose another") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"--out {s.out} is in use by another run: choose another; several "
+                            "processes of one run are started with torchrun") from None
+        say(f"--out {s.out} lies on a file system without locks ({error.strerror}): nothing keeps "
+            "another run out of it")
+    for part in glob.glob(os.path.join(glob.escape(s.out), "**", ".part-*"), recursive=True):
+        os.remove(part)  # of a run that was killed while it wrote
     return file
-
-
-def explain(error):
-    """A RuntimeError that users can do something about, in one line; None for any other."""
-    message = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: lower --batch-size, or try --grad-checkpoint or --shard"
-    if "can't allocate memory" in message:
-        return "the memory is full: lower --batch-size, --width or --depth"
-    if "DataLoader worker" in message:
-        return ("a data worker died, perhaps for want of memory: lower --workers; the same command "
-                "goes on")
-    if isinstance(error, dist.DistError) or "gloo" in message:
-        return (f"rank {RANK} lost another rank, whose own message says why; the same command goes "
-                "on")
-    return None
 
 
 def main(argv=None):
