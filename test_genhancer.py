@@ -3056,6 +3056,22 @@ def test_flux_weights_start_a_denoiser(world, tmp_path):
     assert all(p.requires_grad for p in model.denoiser.parameters())
 
 
+def test_in_bf16_the_frozen_vae_keeps_its_weights_in_bf16(world, tmp_path):
+    """And its latents come out in float32, within bf16's error of those of float32."""
+    s = settings(*arguments(world, tmp_path, "--precision", "bf16"))
+    pretrained = train.load_pretrained(s)
+    exact = copy.deepcopy(pretrained.autoencoder)
+    vae = train.build_model(s, pretrained, torch.device("cpu")).autoencoder
+    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
+    images = 2 * torch.rand(4, 3, 32, 32) - 1
+    with train.autocast(s, torch.device("cpu")):
+        latents = vae.encode(images, sample=False)
+        decoded = vae.decode(latents)
+    assert latents.dtype == decoded.dtype == torch.float32
+    assert_close(latents, exact.encode(images, sample=False), 0.05)
+    assert_close(decoded, exact.decode(latents), 0.05)
+
+
 BENCH = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --steps 6 --batch-size 2"
 
 

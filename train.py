@@ -506,6 +506,8 @@ def build_model(s, pretrained, device):
     """The GenHancer of a stage: pretrained CLIP and autoencoder, and a denoiser to train."""
     visual = pretrained.visual.to(device)
     autoencoder = pretrained.autoencoder.to(device)
+    if s.denoiser == "rf" and s.precision == "bf16":
+        autoencoder = autoencoder.bfloat16()  # not the VQ-GAN, whose codes would be others
     torch.manual_seed(s.seed)
     with torch.device(device):
         if s.denoiser == "rf":

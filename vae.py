@@ -40,7 +40,7 @@ class AutoEncoder(nn.Module):
 
     def moments(self, x):
         """Mean and log-variance of the posterior q(z | x), each of a latent's shape, unscaled."""
-        return self.encoder(x).chunk(2, dim=1)
+        return self.run(self.encoder, x).chunk(2, dim=1)
 
     def encode(self, x, sample=True):
         """The scaled latents of images: a sample of the posterior, or its mean if not `sample`."""
@@ -52,7 +52,16 @@ class AutoEncoder(nn.Module):
 
     def decode(self, z):
         """The images of scaled latents."""
-        return self.decoder(z / self.config.scale_factor + self.config.shift_factor)
+        z = z / self.config.scale_factor + self.config.shift_factor
+        return self.run(self.decoder, z)
+
+    def run(self, half, x):
+        """The encoder or decoder in the precision of its weights, whatever autocast says; float32.
+
+        Autocast would cast bf16 weights up and down again, layer by layer.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return half(x.to(half.conv_in.weight.dtype)).float()
 
 
 def load_vae(path):
