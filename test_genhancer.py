@@ -58,6 +58,7 @@ import vqgan as vqgan_file
 from genhancer import UserError, load_clip
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # of the tests that ask for a device
 HERE = os.path.dirname(os.path.abspath(gh.__file__))
 GOLDEN = os.path.join(HERE, "toy", "golden")
 
@@ -92,6 +93,9 @@ TINY_SIGLIP = {
 }
 
 
+TINY = {"tiny-clip": TINY_CLIP, "tiny-siglip": TINY_SIGLIP}
+
+
 @timm.models.register_model
 def tiny_siglip_tower(
     pretrained=False,
@@ -111,9 +115,10 @@ def world(tmp_path_factory):
     """Random tiny models in the published formats, and noise for images in two shards."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    for name, config in (("tiny-clip", TINY_CLIP), ("tiny-siglip", TINY_SIGLIP)):
+    for name, config in TINY.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
+    register(folder)
+    for name in TINY:
         clip = open_clip.create_model(name, load_weights=False)
         perturb(clip)
         save_file(clip.state_dict(), folder / f"{name}.safetensors")
@@ -138,6 +143,19 @@ def world(tmp_path_factory):
         images = [jpeg(noise_image(rng, 40, 50)) for _ in range(30)]
         write_shard(folder / "data" / f"{shard:05}.tar", images)
     return folder
+
+
+def register(folder):
+    """Make the tiny models known to open_clip and to load_clip."""
+    for name in TINY:
+        open_clip.add_model_config(os.path.join(folder, f"{name}.json"))
+    os.environ["TINY_WORLD"] = str(folder)  # for processes that are not forked
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """This process leaves a GPU alone: only what a test starts in another one looks for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @torch.no_grad()
@@ -2975,12 +2993,15 @@ def compiled(world, tmp_path_factory):
     return out, graphs_of_look
 
 
-def test_compile_gives_the_same_losses(trained, compiled):
-    plain, out = read_log(trained / "perceiver" / "stage1"), read_log(compiled[0] / "stage1")
-    for name in ("loss", "grad_norm", "heldout"):
-        for row, other in zip(plain, out, strict=True):
-            if row[name]:
-                assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_gives_the_same_losses(world, trained, compiled, tmp_path, device):
+    plain, out = trained / "perceiver", compiled[0]
+    if device == "cuda":  # there by inductor
+        plain, out = tmp_path / "plain", tmp_path / "compiled"
+        for folder, more in ((plain, ()), (out, ("--compile",))):
+            argv = perceiver(world, folder, "--stage", 1, *more)
+            in_a_process(tmp_path / "said", train.main, argv, device=device).join()
+    assert_close_logs(plain / "stage1", out / "stage1")
 
 
 def test_compile_leaves_pictures_and_heldout_losses_alone(compiled):
@@ -3171,49 +3192,84 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypat
 
 def told(said, work, *more):
     """Do work(*more), and tell the file `said` what it has to say."""
+    if not open_clip.get_model_config("tiny-clip"):  # this process was not forked
+        register(os.environ["TINY_WORLD"])
     with open(said, "w", buffering=1) as file:
         sys.stdout = file
         sys.stderr = file
         work(*more)
 
 
-def in_a_process(said, work, *more):
-    """Start work(*more) in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=told, args=(said, work, *more))
+def in_a_process(said, work, *more, device="cpu"):
+    """Start work(*more) in a process of its own; on a GPU in a fresh one, which may use it."""
+    context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+    process = context.Process(target=told, args=(said, work, *more))
     process.start()
     return process
 
 
 def killed_at(step, work, *more):
-    """Do work(*more), and die of SIGKILL when the images of a step are asked for."""
-    parent = os.getpid()
-    getitem = train.Images.__getitem__
+    """Do work(*more), and die of SIGKILL when the noise of a step is drawn."""
+    seed_draws = train.seed_draws
 
-    def fatal(self, key):
-        if key[1] == step:
-            os.kill(parent, signal.SIGKILL)
-        return getitem(self, key)
+    def fatal(stream, *key):
+        if stream == "noise" and key[1] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seed_draws(stream, *key)
 
-    train.Images.__getitem__ = fatal
+    train.seed_draws = fatal
     work(*more)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("run, stage", [("rf", 2), ("perceiver", 1)])
-def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, run, stage):
-    options = {"rf": rf, "perceiver": perceiver}[run]
-    typed = options(world, tmp_path, "--stage", stage, "--workers", 1)
-    if stage == 2:
-        shutil.copytree(trained / run / "stage1", tmp_path / "stage1")
-    process = in_a_process(tmp_path / "said", killed_at, 5, train.main, typed)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    process = in_a_process(tmp_path / "said", train.main, typed)
-    process.join()
-    assert process.exitcode == 0
+def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, device, run, stage):
+    """On a GPU, in nearly the same losses."""
+    def typed(out):
+        if stage == 2:
+            shutil.copytree(trained / run / "stage1", out / "stage1")
+        options = {"rf": rf, "perceiver": perceiver}[run]
+        return options(world, out, "--stage", stage, "--workers", 1)
+
+    killed = typed(tmp_path / "killed")
+    statuses = []
+    for work in ((killed_at, 5, train.main, killed), (train.main, killed)):
+        process = in_a_process(tmp_path / "said", *work, device=device)
+        process.join()
+        statuses.append(process.exitcode)
+    assert statuses == [-signal.SIGKILL, 0]
     assert "resumed from" in (tmp_path / "said").read_text()
-    assert_same_run(trained / run, tmp_path, f"stage{stage}")
-    if stage == 2:
-        assert_same_bytes(trained / run, tmp_path, "clip.safetensors", "hf/model.safetensors")
+    if device == "cpu":
+        assert_same_run(trained / run, tmp_path / "killed", f"stage{stage}")
+    if device == "cpu" and stage == 2:
+        results = ("clip.safetensors", "hf/model.safetensors")
+        assert_same_bytes(trained / run, tmp_path / "killed", *results)
+    if device == "cuda":
+        whole = (train.main, typed(tmp_path / "whole"))
+        in_a_process(tmp_path / "said", *whole, device=device).join()
+        assert_close_logs(*(tmp_path / name / f"stage{stage}" for name in ("whole", "killed")))
+
+
+def assert_close_logs(one, other):
+    """The losses, also the held-out ones, and the gradients are nearly the same."""
+    rows = list(zip(read_log(one), read_log(other), strict=True))
+    assert rows
+    for row, same in rows:
+        for name in ("loss", "grad_norm", "heldout"):
+            if row[name]:
+                assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_exported_clip_is_evaluated(world, trained, tmp_path, device):
+    """By the command, with the result that the run itself had, on the CPU."""
+    argv = ["--backbone", "tiny-clip", "--weights", str(trained / "rf" / "clip.safetensors"),
+            "--benchmark", str(trained / "mmvp"), "--json", str(tmp_path / "it.json")]
+    process = in_a_process(tmp_path / "said", eval_mmvp.main, argv, device=device)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    after = json.loads((trained / "rf" / "result.json").read_text())["after"]
+    assert json.loads((tmp_path / "it.json").read_text())["after"]["patterns"] == after["patterns"]
 
 
 def assert_same_bytes(one, other, *names):
@@ -3642,13 +3698,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def in_two_processes(folder, works):
+def in_two_processes(folder, works, device="cpu"):
     """Do two works, each a tuple of function and arguments; what they said, and their statuses."""
     port = free_port()
     names = [folder / f"said-{number}" for number in range(2)]
-    processes = [in_a_process(names[n], rank, n, port, *works[n]) for n in range(2)]
+    processes = [in_a_process(names[n], rank, n, port, *works[n], device=device) for n in range(2)]
     for process in processes:
-        process.join(60)
+        process.join(60 if device == "cpu" else 300)
         process.kill()
     return [name.read_text() for name in names], [process.exitcode for process in processes]
 
@@ -3662,9 +3718,9 @@ def train_e2e(world, out, *more):
     train.main(arguments(world, out, *E2E, *more))
 
 
-def train_two(world, out, *more):
+def train_two(world, out, *more, device="cpu"):
     works = 2 * [(train_e2e, world, out, "--accum", 1, *more)]
-    said, statuses = in_two_processes(out.parent, works)
+    said, statuses = in_two_processes(out.parent, works, device)
     assert statuses == [0, 0], said
     return said[0]
 
@@ -3679,21 +3735,30 @@ def assert_close_runs(one, other, tolerance):
         assert (a[key] - b[key]).abs().max() <= tolerance, key
 
 
+TWO_DEVICES = ["cpu"] + ["cuda"] * (len(DEVICES) > 1 and torch.cuda.device_count() > 1)
+
+
+@pytest.fixture(scope="session", params=TWO_DEVICES)
+def device(request):
+    """Where two processes run."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def single(world, tmp_path_factory):
+def single(world, device, tmp_path_factory):
     """One process x accumulation 2."""
     folder = tmp_path_factory.mktemp("single")
-    process = in_a_process(folder / "said", train_e2e, world, folder / "run")
+    process = in_a_process(folder / "said", train_e2e, world, folder / "run", device=device)
     process.join()
     assert process.exitcode == 0
     return folder / "run"
 
 
 @pytest.fixture(scope="session")
-def double(world, tmp_path_factory):
+def double(world, device, tmp_path_factory):
     """Two processes x accumulation 1, with DDP."""
     out = tmp_path_factory.mktemp("double") / "run"
-    train_two(world, out)
+    train_two(world, out, device=device)
     return out
 
 
@@ -3705,21 +3770,21 @@ def rewind(source, target):
     return target
 
 
-def test_two_processes_walk_the_path_of_one(single, double):
-    assert_close_runs(single, double, 1e-5)
+def test_two_processes_walk_the_path_of_one(single, double, device):
+    assert_close_runs(single, double, {"cpu": 1e-5, "cuda": 1e-3}[device])
 
 
-def test_shards_go_on_from_ddp(world, double, tmp_path):
+def test_shards_go_on_from_ddp(world, double, tmp_path, device):
     out = rewind(double, tmp_path / "run")
-    assert "resumed from" in train_two(world, out, "--shard")
-    assert_close_runs(double, out, 1e-5)
+    assert "resumed from" in train_two(world, out, "--shard", device=device)
+    assert_close_runs(double, out, {"cpu": 1e-5, "cuda": 1e-3}[device])
 
 
-def test_one_process_goes_on_from_two(world, single, double, tmp_path):
+def test_one_process_goes_on_from_two(world, single, double, tmp_path, device):
     out = rewind(double, tmp_path / "run")
-    in_a_process(tmp_path / "said", train_e2e, world, out).join()
+    in_a_process(tmp_path / "said", train_e2e, world, out, device=device).join()
     assert "resumed from" in (tmp_path / "said").read_text()
-    assert_close_runs(single, out, 1e-5)
+    assert_close_runs(single, out, {"cpu": 1e-5, "cuda": 1e-3}[device])
 
 
 def accumulate_gradients(world, out, shard):
