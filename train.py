@@ -677,6 +677,8 @@ def seed_draws(stream, *key):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_SUFFIXES = (".jfif", ".jpe", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
+KINDS = {".tar": "shard", "": "image"}  # the common downloader of CC3M saves without a suffix
+KINDS |= dict.fromkeys(IMAGE_SUFFIXES, "image") | dict.fromkeys(OTHER_SUFFIXES, "other")
 WHOLE = -1  # the size of an entry that is a whole file
 
 
@@ -854,21 +856,23 @@ def make_index(paths, index_path):
     shards, images = find_images(paths)
     files = np.array([os.fsencode(path) for path in shards + images])
     files = files.view(np.uint8).reshape(len(files), -1)
-    stamps = [stamp_of(path) for path in shards] + [(0, 0)] * len(images)
-    tables = {"files": torch.from_numpy(files), "stamps": torch.tensor(stamps)}
+    stamps = np.zeros((len(files), 2), dtype=np.int64)
+    for place, path in enumerate(shards):
+        stamps[place] = stamp_of(path)
+    tables = {"files": torch.from_numpy(files), "stamps": torch.from_numpy(stamps)}
     try:
         known, _ = read_weights(index_path, "index")
         if all(torch.equal(known[name], table) for name, table in tables.items()):
             return
     except UserError:  # there is none yet, or it is damaged
         pass
-    entries = []
-    for place, table in enumerate(index_shards(shards)):
-        entries += [(place, *row) for row in table]
-    entries += [(place, 0, WHOLE) for place in range(len(shards), len(files))]
-    if not entries:
+    entries = [(place, *row) for place, rows in enumerate(index_shards(shards)) for row in rows]
+    whole = np.full((len(images), 3), (0, 0, WHOLE))
+    whole[:, 0] = np.arange(len(shards), len(files))
+    entries = np.concatenate([np.array(entries, dtype=np.int64).reshape(-1, 3), whole])
+    if not len(entries):
         raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
-    tables["entries"] = torch.tensor(entries)
+    tables["entries"] = torch.from_numpy(entries)
     write_weights(index_path, tables)
 
 
@@ -889,8 +893,10 @@ def find_images(paths):
         else:
             raise UserError(f"data not found at {path}: name folders of images, or tar shards "
                             "(the README says how to get CC3M)")
-        tars = [name for name in found if name.lower().endswith(".tar")]
-        pictures = [name for name in found if is_image(name)]
+        kinds = {"shard": [], "image": [], "other": [], None: []}
+        for name in found:
+            kinds[KINDS.get(os.path.splitext(name)[1].lower())].append(name)
+        tars, pictures = kinds["shard"], kinds["image"]
         if tars and pictures:
             raise UserError(f"data: {path} holds {len(tars)} tar shards and {len(pictures)} "
                             f"images, {tars[0]} and {pictures[0]} among them: name the shards or "
@@ -900,23 +906,16 @@ def find_images(paths):
                             "shards, with --data")
         shards += tars
         images += pictures
-        others += sum(name.lower().endswith(OTHER_SUFFIXES) for name in found)
+        others += len(kinds["other"])
     if others:
         say(f"data: {others} files of other kinds ({', '.join(OTHER_SUFFIXES)}) are left out")
     return shards, images
 
 
-def is_image(path):
-    """Whether a file counts as an image, to be decoded: by its suffix, or without any, as the
-    common downloader of CC3M saves images."""
-    name = os.path.basename(path).lower()
-    return name.endswith(IMAGE_SUFFIXES) or "." not in name
-
-
 def list_files(folder, seen):
     """The regular files under a folder, sorted: a FIFO among them would block its reader.
 
-    Links to folders are followed; `seen` holds the folders that were, each by device and inode.
+    Hidden files are left out. Links to folders are followed; `seen` holds the folders that were, each by device and inode.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
@@ -927,7 +926,7 @@ def list_files(folder, seen):
         for entry in entries:
             if entry.is_dir():
                 folders.append(entry.path)
-            elif entry.is_file():
+            elif entry.is_file() and entry.name[0] != ".":
                 files.append(entry.path)
     for path in sorted(folders):
         files += list_files(path, seen)
