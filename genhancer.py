@@ -1516,6 +1516,26 @@ def write_tensors(path, tensors, metadata):
     write_file(path, write)
 
 
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] if `above`."""
+    def parse(text):
+        value = kind(text)
+        too_low = value <= low if above else value < low
+        if too_low or value > high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    parse.__name__ = "number"  # argparse names it in its message
+    return parse
+
+
+def nonempty(text):
+    """An argparse type: any text but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty: give one, or leave the option out")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError, so that a mistake in the usage is one line."""
 

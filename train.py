@@ -76,6 +76,8 @@ from genhancer import (
     load_clip,
     load_strictly,
     merge_lora,
+    nonempty,
+    number,
     read_json,
     read_weights,
     run_command,
@@ -92,26 +94,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ------------------------------------------------------------------------------------ settings
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] if `above`."""
-    def parse(text):
-        value = kind(text)
-        too_low = value <= low if above else value < low
-        if too_low or value > high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-
-    parse.__name__ = "number"  # argparse names it in its message
-    return parse
-
-
-def nonempty(text):
-    """An argparse type: any text but the empty one."""
-    if not text:
-        raise argparse.ArgumentTypeError("the value is empty: give one, or leave the option out")
-    return text
-
 
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
@@ -780,9 +762,9 @@ def make_index(paths, index_path):
     except Exception:  # there is none yet, or it is damaged: np.load raises nearly anything
         pass
     entries = [np.array([], dtype=ENTRY)]
-    for number, table in enumerate(index_shards(shards)):
-        entries.append(np.array([(number, *row) for row in table], dtype=ENTRY))
-    whole = [(len(shards) + number, 0, WHOLE) for number in range(len(images))]
+    for source, table in enumerate(index_shards(shards)):
+        entries.append(np.array([(source, *row) for row in table], dtype=ENTRY))
+    whole = [(len(shards) + source, 0, WHOLE) for source in range(len(images))]
     entries = np.concatenate([*entries, np.array(whole, dtype=ENTRY)])
 
     def write(part):
