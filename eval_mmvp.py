@@ -507,21 +507,21 @@ def format_row(row, results):
 
 def explain(rows):
     """What the rows of the table say."""
-    lines = ["To tell another model from noise, compare the two by --baseline."]
+    noise = "To tell another model from noise, compare the two by --baseline."
     if "change" in rows[0]:
-        lines = ["A change may be noise if its interval holds 0 or McNemar's p is above 0.05."]
+        noise = "A change may be noise if its interval holds 0 or its p (McNemar's) is above 0.05."
     of_pairs = [row for row in rows if row["unit"] == "pairs"]
     if not of_pairs:
-        return lines[0]
+        return noise
     *patterns, average = of_pairs
     worth = sorted(100 / row["count"] / len(patterns) for row in patterns)
     shares = sorted({f"{worth[0]:.2f}", f"{worth[-1]:.2f}"}, key=float)
-    lines.append(f"One pair is worth {' to '.join(shares)} % of the average.")
-    if "change" in average:
-        low, high = average["change_interval"]
-        lines.append("Each pattern is one more chance of a small p by luck: go by the average.")
-        lines.append(f"The average changed by {average['change']:+.1f} [{low:+.1f}, {high:+.1f}].")
-    return "\n".join(lines)
+    share = f"One pair is worth {' to '.join(shares)} % of the average."
+    if "change" not in average:
+        return f"{share}\n{noise}"
+    low, high = average["change_interval"]
+    return (f"The average changed by {average['change']:+.1f} [{low:+.1f}, {high:+.1f}]. {share}\n"
+            f"{noise}\nEach pattern is one more chance of a small p by luck: go by the average.")
 
 
 GREEN = "#15803d"
