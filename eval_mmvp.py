@@ -130,7 +130,7 @@ Row = namedtuple("Row", "line id type statement")
 def read_rows(path):
     """The Rows of a Questions.csv below its header; `line` is the line's number in the file."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # with or without a mark
+        with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
             table = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (OSError, csv.Error, UnicodeDecodeError) as error:
