@@ -308,7 +308,7 @@ def wilson(k, n, z=1.959964):
     spread = z * math.sqrt(k * (n - k) / n + z * z / 4)
     low = (centre - spread) / (n + z * z)
     high = (centre + spread) / (n + z * z)
-    return max(0.0, low), min(1.0, high)
+    return low, min(1.0, high)  # not 1 and a rounding error
 
 
 def bootstrap(arrays, resamples=10_000, seed=0):

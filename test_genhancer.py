@@ -3782,8 +3782,8 @@ def test_evaluation_is_exact_and_leaves_the_callers_precision(
     assert torch.is_grad_enabled()
 
 
-BROKEN = [("visual.proj", None), ("text_projection", None), ("logit_scale", None)]
-BROKEN += [("visual.proj", "folder"), ("text_projection", "folder"), ("visual.proj", "coco")]
+BROKEN = [("visual.proj", None), ("token_embedding.weight", None), ("logit_scale", None)]
+BROKEN += [("visual.proj", "folder"), ("token_embedding.weight", "folder"), ("visual.proj", "coco")]
 
 
 @pytest.mark.parametrize("name, task", BROKEN)
@@ -3791,7 +3791,8 @@ def test_a_clip_that_is_not_finite_is_refused(
     two_clips, benchmark_dir, classes, tmp_path, name, task
 ):
     clip, *preparation = gh.load_clip("tiny-clip", two_clips[0])
-    clip.get_parameter(name).data.view(-1)[:1] = math.nan
+    star = preparation[1](["star"])[0, 1]  # a word: texts without it stay whole
+    clip.get_parameter(name).data[star if name.startswith("token") else ...] = math.nan
     make_captioned(tmp_path, "coco")
     tasks = {None: [], "folder": [("folder", classes)], "coco": [("coco", tmp_path)]}
     with pytest.raises(UserError) as error:
