@@ -134,7 +134,7 @@ def read_rows(path):
             reader = csv.reader(file)
             table = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a CSV file in UTF-8 ({first_line(error)}): "
+        raise UserError(f"{path} not found, or no CSV file in UTF-8 ({first_line(error)}): "
                         "download MMVP/MMVP_VLM from Hugging Face and name its folder with "
                         "--benchmark") from None
     rows = []
@@ -599,7 +599,7 @@ def parse_arguments(argv):
         help="write the table, and every pair's scores and verdicts")
     add("--picture", type=nonempty, metavar="FILE",
         help="draw the pairs whose verdict changed (PNG; needs --benchmark and --baseline)")
-    add("--batch-size", type=number(int, 1, 100_000), default=64)
+    add("--batch-size", type=number(int, 1, 100_000), default=64, help="1 to 100000 (default: 64)")
     typed, _ = parser.parse_known_args(argv)
     if typed.preset == "toy":
         parser.set_defaults(backbone="toy", benchmark=os.path.join(WORLD, "mmvp"),

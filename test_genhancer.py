@@ -3874,7 +3874,7 @@ BAD_BENCHMARKS = [
     (lambda folder: shutil.rmtree(folder / IMAGES), "row 2: image not found"),
     (shutil.rmtree, "No such file"),
     (file("Questions.csv", None), "download MMVP/MMVP_VLM from Hugging Face"),
-    (file("Questions.csv", b"\xff\xfe\x00"), "cannot be read as a CSV file in UTF-8"),
+    (file("Questions.csv", b"\xff\xfe\x00"), "Questions.csv not found, or no CSV file in UTF-8"),
     (file(SIXTH, None), "row 7: image not found"),
     (file(SIXTH, jpeg(Image.new("RGB", (40, 40)))[:200]), "cannot decode the image"),
     (file(SIXTH, b"no image"), "cannot decode the image"),
@@ -4050,6 +4050,7 @@ def test_classification_equals_the_naive_one_and_needs_no_benchmark(tiny, classe
             choice = int((texts @ features(tiny, path)).argmax())
             expected.append(names[choice] == name)
     assert 0 < sum(expected) < 30
+    assert eval_mmvp.check_zeroshot("folder", classes)[2] == ["a photo of a {}."]
     assert result["outcomes"]["folder accuracy"].tolist() == expected
     percent = 100 * sum(expected) / 30
     shares = {"folder accuracy": percent, "cars accuracy": percent}
@@ -4112,6 +4113,7 @@ def test_recall_by_hand():
     index = torch.arange(8)
     assert eval_mmvp.finds_own(captions, images, owner, index, k=1).all()
     assert eval_mmvp.finds_own(images, captions, index, owner, k=1).all()
+    assert eval_mmvp.finds_own(captions[:4], images[:2], owner[:4], index[:2]).all()  # two in all
     captions[0] = images[1:6].sum(0) + images[0] / 2  # sees five others before its own
     captions[1] = images[1:5].sum(0) + images[0] / 2  # and this one four
     weights = torch.tensor([6.0, 5, 4, 3, 2, 1])  # caption 3: its own image, 1, is the second
@@ -4130,7 +4132,7 @@ def make_captioned(folder, name):
     for i in range(24):
         sentences = [{"raw": " ".join(rng.choice(WORDS.split(), 6))} for _ in range(5 + i % 2)]
         entry = {"filename": f"{i}.jpg", "sentences": sentences}
-        entry["split"] = "test" if i % 6 else "train"
+        entry["split"] = "test" if i % 6 else ("train", "restval")[i % 12 // 6]
         if name == "coco":
             entry["filepath"] = "val2014"
         if i % 6:
@@ -4374,7 +4376,7 @@ def test_the_presets_defaults_give_way_to_what_is_typed(monkeypatch):
 
 BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
     ("", "nothing to evaluate: download MMVP/MMVP_VLM from Hugging Face"),
-    ("--benchmark nowhere", "nowhere/Questions.csv cannot be read"),
+    ("--benchmark nowhere", "nowhere/Questions.csv not found"),
     ("--benchmark=", "argument --benchmark: the value is empty"),
     ("--benchmark B --weights=", "argument --weights: the value is empty"),
     ("--benchmark B --baseline=", "argument --baseline: the value is empty"),
