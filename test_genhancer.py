@@ -3742,7 +3742,9 @@ def test_mmvp_equals_the_protocol_pair_by_pair(tiny, tmp_path, interleaved, imag
     write_rows(folder, read_rows(folder)[:-8])  # one pattern has fewer pairs
     expected, scores = judge_as_the_script(*tiny, folder, images)
     assert len(set(expected.values())) > 1  # a test of something
+    tiny[0].train()
     result = eval_mmvp.evaluate_mmvp(*tiny, folder, batch_size)
+    assert not tiny[0].training
     assert result["patterns"] == expected
     assert list(result["patterns"]) == PATTERNS
     assert result["average"] == pytest.approx(sum(expected.values()) / 9, abs=1e-12)
