@@ -4257,6 +4257,15 @@ def test_the_table_fits_into_100_columns(capsys):
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
 
 
+GREEN, RED = (21, 128, 61), (220, 38, 38)
+
+
+def frames(path, count):
+    """The colours of a picture's frames."""
+    sheet = Image.open(path).convert("RGB")
+    return [sheet.getpixel((16 + i % 4 * 440, 61 + i // 4 * 420)) for i in range(count)]
+
+
 def test_the_picture_shows_won_pairs_then_lost_ones(tmp_path, monkeypatch):
     texts = []
 
@@ -4273,9 +4282,7 @@ def test_the_picture_shows_won_pairs_then_lost_ones(tmp_path, monkeypatch):
     eval_mmvp.draw_changes(tmp_path / "many.png", before, after)
     sheet = Image.open(tmp_path / "many.png").convert("RGB")
     assert sheet.size == (4 * 440 + 20, 60 + 5 * 420)
-    corners = [(15 + i % 4 * 440, 60 + i // 4 * 420) for i in range(20)]  # every third of 60
-    frames = [sheet.getpixel((x + 1, y + 1)) for x, y in corners]
-    assert frames == [(21, 128, 61)] * 14 + [(220, 38, 38)] * 6  # green and red
+    assert frames(tmp_path / "many.png", 20) == [GREEN] * 14 + [RED] * 6  # every third of 60
     middles = [sheet.getpixel((15 + x, 60 + 136)) for x in (110, 320)]
     assert middles == [(255, 165, 0), (0, 0, 128)]
     assert texts[0].startswith("40 pairs won (green frame), 20 lost (red), of 61. 20 are shown")
@@ -4342,6 +4349,7 @@ def test_the_json_holds_the_summary_the_rows_and_every_pair(comparison, tiny, tm
     verdicts = [(pair["before"]["correct"], pair["after"]["correct"]) for pair in pairs]
     won, lost = verdicts.count((False, True)), verdicts.count((True, False))
     assert (content["rows"][9]["won"], content["rows"][9]["lost"]) == (won, lost)
+    assert frames(tmp_path / "out.png", won + lost) == [GREEN] * won + [RED] * lost
     assert won != lost
 
 
