@@ -485,10 +485,10 @@ def print_table(before, after=None):
     for title, unit in (("MMVP-VLM pattern", "pairs"), ("zero-shot", "images")):
         shown = [row for row in rows if row["unit"] == unit]
         if shown:
-            print(f"\n{title:33} {unit:>6}{columns}")
+            print(f"\n{title:33} {unit:>6}{columns}".rstrip())
         for row in shown:
             name = escape(row["name"])[:33]
-            print(f"{name:33} {row['count']:6}{format_row(row, results)}")
+            print(f"{name:33} {row['count']:6}{format_row(row, results)}".rstrip())
     print(f"\n{explain(rows)}")
 
 

@@ -4409,6 +4409,7 @@ BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
     ("--benchmark B --picture p.png", "--picture shows the pairs whose verdict changed"),
     ("--zeroshot folder:B --baseline AFTER --picture p.png", "name the pairs by --benchmark"),
     ("--benchmark B --baseline original", "by --weights"),
+    ("--benchmark B --baseline original --weights AFTER", "no weights '' for tiny-clip"),
     ("--benchmark B --batch-size 0", "argument --batch-size: 0 is out of range"),
     ("--benchmark B --batch-size 1" + "0" * 30, "is out of range"),
     ("--benchmark B --batch-size many", "argument --batch-size: invalid number value: 'many'"),
@@ -4439,14 +4440,14 @@ def test_a_bad_command_is_one_line_before_any_model(
 
 
 def test_a_batch_that_does_not_fit_is_one_line(comparison, monkeypatch, capsys):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+    def fail(*arguments):
+        raise torch.OutOfMemoryError(f"CUDA out of memory with {arguments[-1]}.\nTried 20 GiB.")
 
     monkeypatch.setattr(eval_mmvp, "evaluate", fail)
-    flags = ["--backbone", "tiny-clip", *map(str, comparison)]
+    flags = ["--backbone", "tiny-clip", "--batch-size", "3", *map(str, comparison)]
     status, line = command(capsys, eval_mmvp.run, *flags)
     assert (status, line.count("\n")) == (2, 1)
-    assert "choose a smaller --batch-size" in line
+    assert "out of memory with 3.: choose a smaller --batch-size" in line
 
 
 TORCH = os.path.dirname(torch.__file__)
