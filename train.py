@@ -915,7 +915,8 @@ def find_images(paths):
 def list_files(folder, seen):
     """The regular files under a folder, sorted: a FIFO among them would block its reader.
 
-    Hidden files are left out. Links to folders are followed; `seen` holds the folders that were, each by device and inode.
+    Hidden files are left out. Links to folders are followed; `seen` holds the folders that were
+    read, each by its device and inode.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
