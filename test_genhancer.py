@@ -1049,20 +1049,13 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
     images = torch.rand(2, 3, 32, 32)
     plain = gradients(model, images)
     model.denoiser.grad_checkpointing = True
+    lists = [part for part in model.denoiser.children() if isinstance(part, nn.ModuleList)]
+    calls = [inputs_of(block) for part in lists for block in part]
     recomputed = gradients(model, images)
+    assert [len(call) for call in calls] == 2 * [2]  # each block is computed twice
     assert list(recomputed) == list(plain)
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name])
-
-
-@both_denoisers
-def test_checkpointing_computes_every_block_twice(world, kind):
-    model = tiny_model(world, kind).set_stage(1)
-    model.denoiser.grad_checkpointing = True
-    lists = [part for part in model.denoiser.children() if isinstance(part, nn.ModuleList)]
-    calls = [inputs_of(block) for part in lists for block in part]
-    model(torch.rand(2, 3, 32, 32))[0].mean().backward()
-    assert [len(call) for call in calls] == 2 * [2]
 
 
 # ------------------------------------------------------------------ the condition
@@ -1174,15 +1167,18 @@ def test_local_tokens_of_the_perceiver_carry_the_sincos_position_of_their_patch(
 
 
 @torch.no_grad()
-def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world):
+def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world, monkeypatch):
     """Of 384 pixels, 27 patches of 14 cover 378."""
     model = tiny_model(world, "rf", local_ratio=1.0)
     width = model.projectors["local"][0].normalized_shape[0]
     model.num_locals = 27 * 27
-    model.clip_grid, model.patch_pixels, model.token_pixels = 27, 14, 16
+    model.clip_grid, model.patch_pixels, model.token_pixels = 27, 14, 16  # as of SigLIP and FLUX
     _, position = model.choose_locals(torch.rand(1, 27 * 27, width))
     assert position.max().item() == (26 * 14 + 7) / 16 - 0.5
     assert position.min().item() == 7 / 16 - 0.5
+    monkeypatch.setattr(gh, "image_side", lambda _: 33)  # 4 patches of 8 cover 32
+    parts = model.visual, model.autoencoder, model.denoiser
+    assert gh.Continuous(*parts, local_ratio=1.0).patch_pixels == 8
 
 
 @torch.no_grad()
@@ -1207,13 +1203,6 @@ def test_the_local_ratio_is_a_share_of_the_patches(world, ratio, tokens):
 
 def decoded(model, codes):
     return (model.autoencoder.decode(codes) / 2 + 0.5).clamp(0, 1)
-
-
-def test_the_range_of_images_by_hand():
-    values = torch.tensor([-3, -1, 0, 0.5, 1, 3], dtype=torch.bfloat16)
-    images = gh.to_unit_range(values)
-    assert images.dtype == torch.float32
-    assert images.tolist() == [0, 0, 0.5, 0.75, 1, 1]
 
 
 def test_euler_steps_reach_the_truth(world):
@@ -1360,48 +1349,14 @@ def test_reconstructions_are_images(world, kind):
 # ------------------------------------------------------------------ the equations
 
 
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def assert_uniform(values):
-    """Kolmogorov-Smirnov: no larger distance to the uniform distribution than p = 0.001 allows."""
-    values = values.sort().values
-    steps = torch.arange(len(values) + 1) / len(values)
-    above = (steps[1:] - values).max()
-    below = (values - steps[:-1]).max()
-    assert max(above, below) < 1.95 / math.sqrt(len(values))
-
-
-def logit_normal_cdf(t, scale):
-    """P(t < x) = Phi(logit(x) / s)."""
-    return torch.special.ndtr(torch.logit(t) / scale)
-
-
-@pytest.mark.parametrize("scale", [0.1, 0.5, None, 5, 10])
-def test_timesteps_follow_the_scaled_logit_normal(scale):
-    options = {} if scale is None else {"scale": scale}  # s = 1 by default
-    t = gh.sample_timesteps(20_000, **options, generator=seed(0)).double()
-    # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
-    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
-    inside = t[(t > ends[0]) & (t < ends[1])]
-    low, high = logit_normal_cdf(ends, scale or 1)
-    assert_uniform((logit_normal_cdf(inside, scale or 1) - low) / (high - low))
-
-
 @pytest.mark.parametrize("scale", [1, 10, 1000])
 def test_timesteps_are_never_zero_or_one(scale):
     t = gh.sample_timesteps(20_000, scale, generator=seed(0))
-    assert 0 < t.min()
+    assert t.min() > 0
     assert t.max() < 1
     if scale > 1:
         assert t.min() < 1e-6  # no more than needed is cut off
         assert t.max() > 1 - 1e-6
-
-
-def test_uniform_timesteps_are_uniform():
-    t = gh.sample_timesteps(20_000, distribution="uniform", generator=seed(0))
-    assert_uniform(t.double())
 
 
 def test_time_stays_float32_under_autocast():
@@ -1421,61 +1376,6 @@ def test_time_stays_float32_under_autocast():
     assert dtypes == 4 * [torch.float32]
 
 
-def test_the_time_is_embedded_in_thousandths():
-    embedded = gh.timestep_embedding(torch.tensor([0.25]))[0]
-    assert embedded[0] == pytest.approx(math.cos(250), abs=1e-4)
-    assert embedded[128] == pytest.approx(math.sin(250), abs=1e-4)
-
-
-def two_numbers(a, b):
-    """Two images of one latent each."""
-    return torch.tensor([a, b]).view(2, 1, 1, 1)
-
-
-def flow_loss(velocity, data, noise, t=(0.5, 0.5)):
-    """The flow loss of a denoiser that predicts `velocity`, and the inputs that it was given."""
-    denoiser = Fake(lambda *_: velocity)
-    losses = gh.rectified_flow_loss(denoiser, data, "context", "vec", torch.tensor(t), noise, "ids")
-    return losses, denoiser.calls[0]
-
-
-def test_noisy_latents_lie_between_data_and_noise():
-    zero, data, noise = two_numbers(0.0, 0.0), two_numbers(2.0, 2.0), two_numbers(10.0, 10.0)
-    _, (noisy, t, context, vec, others) = flow_loss(zero, data, noise, t=(0.0, 0.25))
-    assert noisy.flatten().tolist() == [2.0, 0.75 * 2 + 0.25 * 10]
-    assert t.tolist() == [0.0, 0.25]
-    assert (context, vec, others) == ("context", "vec", {"context_ids": "ids"})
-
-
-def test_the_flow_loss_is_the_squared_error_of_noise_minus_data():
-    velocity, data, noise = two_numbers(8.0, 5.0), two_numbers(2.0, 2.0), two_numbers(10.0, 10.0)
-    losses, _ = flow_loss(velocity, data, noise)
-    assert losses.tolist() == [(10 - 2 - 8) ** 2, (10 - 2 - 5) ** 2]
-
-
-def test_the_flow_loss_is_an_images_mean_in_float32():
-    velocity = torch.zeros(2, 4, 6, 6, dtype=torch.bfloat16)
-    noise = torch.full((2, 4, 6, 6), 1.001)  # bfloat16 would round it to 1
-    losses, _ = flow_loss(velocity, torch.zeros(2, 4, 6, 6), noise)
-    assert losses.tolist() == pytest.approx(2 * [1.001**2], rel=1e-6)
-
-
-def test_mask_ratios_are_uniform_in_their_range():
-    hidden = gh.sample_masks(400, 196, 0.5, 0.9, seed(0)).sum(1).double()
-    # Counts are whole numbers: spread each over the width of its step.
-    ratios = (hidden + torch.rand(400, generator=seed(1), dtype=torch.float64) - 0.5) / 196
-    assert hidden.min() >= round(0.5 * 196)
-    assert hidden.max() <= round(0.9 * 196)
-    assert_uniform(((ratios - 0.5) / 0.4).clamp(0, 1))
-
-
-@pytest.mark.parametrize("ratio, n, hidden", [(0.75, 25, 19), (0.01, 9, 1), (0.0, 9, 1), (1, 9, 9)])
-def test_a_mask_hides_the_rounded_share_and_at_least_one(ratio, n, hidden):
-    mask = gh.sample_masks(5, n, ratio, ratio)
-    assert mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == 5 * [hidden]
-
-
 def test_every_position_is_masked_equally_often():
     mask = gh.sample_masks(20_000, 4, 0.5, 0.5, seed(0))
     # Two of four: .5 each, with a standard error of .0035.
@@ -1493,13 +1393,111 @@ def masked_example(logits_of):
     return gh.masked_token_loss(logits, indices, mask), logits, indices, mask
 
 
-@pytest.mark.parametrize("logits_of, loss", [
-    (lambda targets: torch.zeros(13, 7), math.log(7)),  # knowing nothing
-    (lambda targets: 100.0 * F.one_hot(targets, 7), 0),
+def flow_loss(velocity, data, noise, t=0.5):
+    """The flow loss of an image whose predicted velocity is known, and the inputs of that."""
+    tensors = [torch.as_tensor(x).view(1, -1, 1, 1) for x in (velocity, data, noise)]
+    denoiser = Fake(lambda *_: tensors[0])
+    t = torch.tensor([t])
+    loss = gh.rectified_flow_loss(denoiser, tensors[1], "context", "vec", t, tensors[2], "ids")
+    return loss, denoiser.calls[0]
+
+
+def mask_counts(ratio, n):
+    return gh.sample_masks(3, n, ratio, ratio).sum(1)
+
+
+ONE = torch.ones(1, dtype=torch.bfloat16)
+SMALL = torch.tensor([1e-3, -1e-3])  # its mean square is FLUX's epsilon, 1e-6
+POSITION = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
+POSITION += [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
+BY_HAND = {
+    "x_t = (1 - t) x + t eps": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][0], [4.0]),
+    "x_t at t = 0 is the data": (lambda: flow_loss(0.0, 2.0, 10.0, 0.0)[1][0], [2.0]),
+    "the denoiser is given t": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][1], [0.25]),
+    "(v - (eps - x))^2 = 0": (lambda: flow_loss(8.0, 2.0, 10.0)[0], [0.0]),
+    "(v - (eps - x))^2": (lambda: flow_loss(5.0, 2.0, 10.0)[0], [9.0]),
+    "the loss is a mean": (lambda: flow_loss([5.0, 8.0], [2.0, 2.0], [10.0, 10.0])[0], [4.5]),
+    "the loss is in float32": (lambda: flow_loss(0 * ONE, 0.0, 1.001)[0], [1.001**2]),
+    "a mask hides the rounded share": (lambda: mask_counts(0.75, 25), 3 * [19]),
+    "a mask hides at least one": (lambda: mask_counts(0.01, 9), 3 * [1]),
+    "a mask of none hides one": (lambda: mask_counts(0.0, 9), 3 * [1]),
+    "a mask hides all": (lambda: mask_counts(1, 9), 3 * [9]),
+    "knowing nothing": (lambda: masked_example(lambda _: torch.zeros(13, 7))[0], 3 * [math.log(7)]),
+    "knowing all": (lambda: masked_example(lambda s: 100.0 * F.one_hot(s, 7))[0], 3 * [0.0]),
+    "images": (lambda: gh.to_unit_range(torch.tensor([-3, -1, 0, 1, 3])), [0, 0, 0.5, 1, 1]),
+    "images in float32": (lambda: gh.to_unit_range(1.0078125 * ONE - 1), [0.50390625]),
+    "1000 t": (
+        lambda: gh.timestep_embedding(torch.tensor([0.25]))[0, [0, 128]],
+        [math.cos(250), math.sin(250)],
+    ),
+    "sin-cos position": (lambda: gh.sincos_embedding(torch.tensor([3, 5]), 8), POSITION),
+    "tokens run along the rows": (lambda: gh.grid_embedding(36, 8, "cpu")[3 * 6 + 5], POSITION),
+    "epsilon of the RMSNorm": (lambda: gh.RMSNorm(2)(SMALL), [0.5**0.5, -(0.5**0.5)]),
+    "epsilon of the LayerNorm": (lambda: gh.modulate(SMALL, 0, 0), [0.5**0.5, -(0.5**0.5)]),
+    "(1 + scale) x + shift": (lambda: gh.modulate(SMALL, 3, 1), [3 + 2**0.5, 3 - 2**0.5]),
+}
+
+
+@pytest.mark.parametrize("what", BY_HAND)
+def test_equations_by_hand(what):
+    compute, expected = BY_HAND[what]
+    assert compute().flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_flow_loss_hands_the_condition_on():
+    *_, context, vec, others = flow_loss(0.0, 2.0, 10.0)[1]
+    assert (context, vec, others) == ("context", "vec", {"context_ids": "ids"})
+
+
+def test_conversions_to_float32():
+    half = torch.zeros(4, dtype=torch.bfloat16)
+    assert gh.to_unit_range(half).dtype == gh.timestep_embedding(half).dtype == torch.float32
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def assert_uniform(values):
+    """Kolmogorov-Smirnov: no larger distance to the uniform distribution than p = 0.001 allows."""
+    values = values.sort().values
+    steps = torch.arange(len(values) + 1) / len(values)
+    above = (steps[1:] - values).max()
+    below = (values - steps[:-1]).max()
+    assert max(above, below) < 1.95 / math.sqrt(len(values))
+
+
+def logit_normal(*scale):
+    """20,000 timesteps t, as P(T < t) = Phi(logit(t) / s), which is uniform; s = 1 by default."""
+    t = gh.sample_timesteps(20_000, *scale, generator=seed(0)).double()
+    # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
+    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
+    inside = t[(t > ends[0]) & (t < ends[1])]
+    scale = scale[0] if scale else 1
+    low, high = torch.special.ndtr(torch.logit(ends) / scale)
+    return (torch.special.ndtr(torch.logit(inside) / scale) - low) / (high - low)
+
+
+def mask_ratios():
+    """400 mask ratios between .5 and .9 of 196 tokens, as a share of that range."""
+    hidden = gh.sample_masks(400, 196, 0.5, 0.9, seed(0)).sum(1).double()
+    assert round(0.5 * 196) <= hidden.min() <= hidden.max() <= round(0.9 * 196)
+    # Counts are whole numbers: spread each over the width of its step.
+    ratios = (hidden + torch.rand(400, generator=seed(1), dtype=torch.float64) - 0.5) / 196
+    return ((ratios - 0.5) / 0.4).clamp(0, 1)
+
+
+@pytest.mark.parametrize("draw", [
+    logit_normal,
+    lambda: logit_normal(0.1),
+    lambda: logit_normal(0.5),
+    lambda: logit_normal(5),
+    lambda: logit_normal(10),
+    lambda: gh.sample_timesteps(20_000, 1.0, "uniform", seed(0)).double(),
+    mask_ratios,
 ])
-def test_the_masked_loss_by_hand(logits_of, loss):
-    losses, *_ = masked_example(logits_of)
-    assert losses.tolist() == pytest.approx(3 * [loss], abs=1e-6)
+def test_draws_are_distributed_as_they_say(draw):
+    assert_uniform(draw())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1757,20 +1755,6 @@ def test_rotary_positions_turn_complex_numbers():
     assert_close(gh.rotate(x, cos, sin), torch.view_as_real(turned).flatten(1), 1e-5)
 
 
-def modulated(x):
-    return gh.modulate(x, shift=torch.tensor(3.0), scale=torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("norm, expected", [
-    (gh.RMSNorm(8), 1 / math.sqrt(2)),
-    (modulated, 2 / math.sqrt(2) + 3),  # (1 + scale) * norm + shift
-])
-def test_the_norms_epsilon_is_fluxs(norm, expected):
-    """Of features +-.001, whose mean square is as large as the epsilon, 1e-6."""
-    x = torch.tensor([1e-3, -1e-3]).repeat(4)
-    assert norm(x)[0].item() == pytest.approx(expected, rel=1e-3)
-
-
 def test_queries_and_keys_are_normalised_in_float32():
     x = torch.randn(3, 8).bfloat16()
     normed = gh.RMSNorm(8).bfloat16()(x)
@@ -1935,18 +1919,6 @@ def test_the_codebook_is_neither_trained_nor_saved():
     assert not perceiver.codebook.requires_grad
     assert "codebook" not in dict(perceiver.named_parameters())
     assert "codebook" not in perceiver.state_dict()
-
-
-def test_sincos_positions_by_hand():
-    row = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
-    column = [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
-    position = gh.sincos_embedding(torch.tensor([3, 5]), 8)
-    assert position.tolist() == pytest.approx(row + column, abs=1e-6)
-
-
-def test_token_positions_run_along_the_rows():
-    positions = gh.grid_embedding(9, 8, torch.device("cpu"))
-    assert torch.equal(positions[5], gh.sincos_embedding(torch.tensor([1, 2]), 8))
 
 
 IMPOSSIBLE = [  # a call, its error, the words of its message
