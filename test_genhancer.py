@@ -4778,11 +4778,11 @@ def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
     assert waits_of_a_step(world, tmp_path, monkeypatch, "--stage", 1)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
 @both_denoisers
-def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage):
+def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
     """forward under autocast on fake CUDA tensors: without values, and without a GPU."""
-    model = tiny_model(world, kind, local_ratio=0.5).set_stage(stage)
+    model = tiny_model(world, kind, local_ratio=local_ratio).set_stage(stage)
     answers = {"is_available": True, "is_bf16_supported": True, "current_device": 0}
     for name in (*answers, "manual_seed", "manual_seed_all", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **__: answers.get(name))
