@@ -71,6 +71,7 @@ class GenHancer(nn.Module):
     local_ratio: the share of patch tokens that joins [CLS] in the condition (Fig. 5); the paper's
     method has none.
 
+    `forward` returns each image's loss and its level of noise: its timestep t or its mask ratio.
     The condition is `context`, tokens that the denoiser attends to, and for Flux also `vec`, the
     vector that modulates it (both are FLUX's names). Random draws come from torch's default
     generators: Discrete's masks in training from the CPU's, all others from the device's.
@@ -252,7 +253,6 @@ class Discrete(GenHancer):
         """
         context = self.condition(images if condition_images is None else condition_images)
         indices = self.autoencoder.encode(2 * images - 1).flatten(1)      # (B, N)
-        # Masks are drawn on the CPU: to count masked tokens on a GPU would be to wait for it.
         mask = sample_masks(*indices.shape, *self.mask_ratio)                     # (B, N)
         logits = self.denoiser(indices, mask, context)                    # (M, K)
         losses = masked_token_loss(logits, indices, mask)                          # Eq. 4
@@ -353,6 +353,8 @@ def sample_masks(b, n, low, high, generator=None, device=None):
 
     Exactly round(ratio * n) tokens of an image are hidden, and at least one.
     """
+    # In training they are drawn on the CPU, which then knows how many tokens are masked, and so the
+    # shapes of what follows, without waiting for the GPU.
     ratio = low + (high - low) * torch.rand(b, 1, generator=generator, device=device)
     count = (ratio * n).round().clamp(min=1)
     place = torch.rand(b, n, generator=generator, device=device).argsort(dim=1)  # a permutation
@@ -375,7 +377,7 @@ def masked_token_loss(logits, indices, mask):
 
 
 def masked_positions(mask, device):
-    """Where a mask is True: flat indices (M,) on `device`. With a CPU mask no GPU is waited for."""
+    """Where a mask is True: flat indices (M,) on `device`."""
     return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
 
 
@@ -459,9 +461,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         low = self.scale * F.linear(self.dropout(x), self.lora_A)         # (..., parts * rank)
-        low = low.unflatten(-1, (self.parts, -1))                         # (..., parts, rank)
-        delta = torch.einsum("...pr,por->...po", low, self.lora_B)        # (..., parts, out)
-        return self.base(x) + delta.flatten(-2)
+        if self.parts == 1:
+            return self.base(x) + F.linear(low, self.lora_B[0])
+        pairs = zip(low.chunk(self.parts, dim=-1), self.lora_B, strict=True)
+        deltas = [F.linear(a, b) for a, b in pairs]                       # parts times (..., out)
+        return self.base(x) + torch.cat(deltas, dim=-1)
 
     @torch.no_grad()
     def merge(self):

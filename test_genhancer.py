@@ -46,6 +46,7 @@ from PIL import EpsImagePlugin, Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,6 +62,10 @@ from vae import AutoEncoder, AutoEncoderConfig, load_vae
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # of the tests that ask for a device
 HERE = os.path.dirname(os.path.abspath(gh.__file__))
 GOLDEN = os.path.join(HERE, "toy", "golden")
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+both_denoisers = pytest.mark.parametrize("kind", ["rf", "perceiver"])
+both_families = pytest.mark.parametrize("clip", ["tiny-clip", "tiny-siglip"])
 
 TINY_CLIP = {
     "embed_dim": 32,
@@ -108,6 +113,18 @@ def tiny_siglip_tower(
     shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)
     shape |= dict(class_token=False, global_pool="map", num_classes=0)
     return timm.models.vision_transformer.VisionTransformer(**{**shape, **kwargs})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_no_garbage():
+    """The collector need not look through all that the imports made."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Every test draws the same, alone or after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -245,6 +262,24 @@ def built_model(world, kind, clip, options):
     return gh.Discrete(visual, vqgan, denoiser, **options)
 
 
+# Loading and initialising take longer than most tests: each is done once, and copied.
+
+
+def load_visual(world, name):
+    return copy.deepcopy(loaded_visual(world, name))
+
+
+@lru_cache
+def loaded_visual(world, name):
+    return gh.load_clip(name, str(world / f"{name}.safetensors"))[0].visual
+
+
+def forget(end):
+    """Free what the failed program held: a DataLoader that waits for the garbage collector to end
+    its workers then waits 5 s for each."""
+    traceback.clear_frames(end.value.__context__.__traceback__)
+
+
 # ------------------------------------------------------------------ parity with FLUX and taming
 
 
@@ -256,17 +291,11 @@ def test_vae_equals_flux():
     assert_close(logvar, truth["logvar"])
     assert_close(vae.encode(truth["image"], sample=False), truth["latent_of_mean"])
     assert_close(vae.decode(truth["latent_of_mean"]), truth["decoded"])
-
-
-def test_vae_encodes_to_a_sample_of_the_posterior():
-    truth = golden("flux_ae_tiny")
-    vae = fill(AutoEncoder(AutoEncoderConfig(ch=32, ch_mult=(1, 2, 4))), 0.05)
+    # By default the posterior is sampled.
     torch.manual_seed(0)
-    noise = torch.randn_like(truth["mean"])
+    sample = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     torch.manual_seed(0)
-    latent = vae.encode(truth["image"])
-    sample = truth["mean"] + (0.5 * truth["logvar"]).exp() * noise
-    assert_close(latent, 0.3611 * (sample - 0.1159))
+    assert_close(vae.encode(truth["image"]), 0.3611 * (sample - 0.1159))
 
 
 def test_vqgan_equals_taming():
@@ -286,6 +315,23 @@ def test_vqgan_equals_taming():
     assert_close(vqgan.pre_quantize(truth["image"]), truth["pre_quant"])
     assert torch.equal(vqgan.encode(truth["image"]), truth["indices"])
     assert_close(vqgan.decode(truth["indices"]), truth["decoded"])
+
+
+@pytest.mark.parametrize("name", ["flux_ae", "vqgan_f16_1024"])
+def test_every_norm_of_the_autoencoders_is_theirs(name):
+    """32 groups and an epsilon of 1e-6, as in both repositories' code."""
+    norms = [m for m in full_size_autoencoder(name).modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) > 20
+    assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-6)}
+
+
+def test_the_nearest_code_is_found_in_float32_under_autocast():
+    quantizer = vqgan_file.VectorQuantizer(500, 4)
+    z = torch.randn(2, 4, 6, 7)
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    distances = torch.cdist(vectors, quantizer.embedding.weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(z).flatten(), distances.argmin(1))
 
 
 def full_size_autoencoder(name):
@@ -540,12 +586,6 @@ def command(capsys, run, *argv):
     return end.value.code, capsys.readouterr().err
 
 
-def forget(end):
-    """Free what the failed program held: a DataLoader that waits for the garbage collector to end
-    its workers then waits 5 s for each."""
-    traceback.clear_frames(end.value.__context__.__traceback__)
-
-
 def test_a_users_mistake_is_one_line_and_status_2(capsys):
     def run(argv):
         raise UserError(f"{argv[0]}: no such thing")
@@ -764,36 +804,7 @@ def test_the_converters_output_is_a_file_and_prints_no_raw_name(state, tmp_path,
         assert out.count("\n") == 1 and out[:-1].isprintable()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage():
-    """The collector need not look through all that the imports made."""
-    gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def same_draws():
-    """Every test draws the same, alone or after others."""
-    torch.manual_seed(0)
-
-
-# Loading and initialising take longer than most tests: each is done once, and copied.
-
-
-def load_visual(world, name):
-    return copy.deepcopy(loaded_visual(world, name))
-
-
-@lru_cache
-def loaded_visual(world, name):
-    return gh.load_clip(name, str(world / f"{name}.safetensors"))[0].visual
-
-
-# ---------------------------------------------------------------------------------------------
-# What trains, and what forward returns
-# ---------------------------------------------------------------------------------------------
-
-both_denoisers = pytest.mark.parametrize("kind", ["rf", "perceiver"])
-both_families = pytest.mark.parametrize("clip", ["tiny-clip", "tiny-siglip"])
+# ------------------------------------------------------------------ what trains, what is returned
 
 STAGES = [  # stage, lora, freeze_denoiser, what trains
     (1, True, False, {"projectors", "denoiser"}),
@@ -824,25 +835,20 @@ def trained_parts(model):
 @every_stage
 def test_a_stage_trains_what_it_says_and_nothing_else(world, stage, lora, freeze_denoiser, trains):
     model = tiny_model(world).set_stage(stage, lora, freeze_denoiser)
-    expected = {"visual": {False}, "autoencoder": {False}}
-    expected |= {"projectors": {False}, "denoiser": {False}}
-    expected |= {part: {True} for part in trains}
-    assert trained_parts(model) == expected
+    frozen = {"visual", "autoencoder", "projectors", "denoiser"} - trains
+    assert trained_parts(model) == {part: {part in trains} for part in frozen | trains}
 
 
 @every_stage
-def test_frozen_parts_stay_in_eval_mode(world, stage, lora, freeze_denoiser, trains):
-    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser).eval().train()
-    for name, part in model.named_children():
-        frozen = not any(p.requires_grad for p in part.parameters())
-        modes = {module.training for module in part.modules()}
-        assert modes == {not frozen}, name
-
-
-@every_stage
-def test_eval_mode_is_eval_mode_everywhere(world, stage, lora, freeze_denoiser, trains):
-    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser).eval()
-    assert not any(module.training for module in model.modules())
+def test_what_trains_alone_is_in_training_mode(world, stage, lora, freeze_denoiser, trains):
+    model = tiny_model(world).set_stage(stage, lora, freeze_denoiser)
+    parts = {"visual" if part == "adapters" else part for part in trains}
+    for mode in (None, False, True):  # as set_stage leaves it, and as it is told afterwards
+        if mode is not None:
+            model.train(mode)
+        for name, part in model.named_children():
+            expected = mode is not False and name in parts
+            assert {module.training for module in part.modules()} == {expected}, name
 
 
 def test_stage_2_follows_stage_1_in_one_process(world):
@@ -851,50 +857,113 @@ def test_stage_2_follows_stage_1_in_one_process(world):
     assert trained_parts(model)["visual"] == {False}
 
 
-def seen_by_denoiser(model):
-    """A list of the denoiser's positional inputs, one tuple a call, filled while it is called."""
+def test_the_state_is_that_of_the_four_parts(world):
+    names = {name.split(".")[0] for name in tiny_model(world).state_dict()}
+    assert names == {"visual", "autoencoder", "denoiser", "projectors"}
+
+
+def inputs_of(module):
+    """A list of a module's positional inputs, one tuple a call, filled while it is called."""
     calls = []
-    model.denoiser.register_forward_pre_hook(keep_inputs_in(calls))
+    module.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     return calls
 
 
-def keep_inputs_in(calls):
-    def hook(module, inputs):
-        calls.append(inputs)
+class Fake(nn.Module):
+    """Stands for a denoiser: `answer` says what it predicts; `calls` holds what it was given."""
 
-    return hook
+    def __init__(self, answer, config=None):
+        super().__init__()
+        self.answer = answer
+        self.config = config
+        self.calls = []
+
+    def forward(self, *inputs, **condition):
+        self.calls.append((*inputs, condition))
+        return self.answer(*inputs)
+
+
+def encode_as(model, codes):
+    """Let a model's autoencoder encode everything as `codes`; a list of what it was given."""
+    given = []
+
+    def encode(images):
+        given.append(images)
+        return codes
+
+    model.autoencoder.encode = encode
+    return given
+
+
+def test_rectified_flow_from_images_to_loss(world):
+    model = tiny_model(world)
+    latents, images = torch.randn(16, 4, 8, 8), torch.rand(16, 3, 32, 32)
+    given = encode_as(model, latents)
+    model.denoiser = Fake(lambda x, *_: torch.zeros_like(x), model.denoiser.config)
+    losses, levels = model(images)
+    noisy, t, context, vec, _ = model.denoiser.calls[0]
+    time = t.view(-1, 1, 1, 1)
+    noise = (noisy - (1 - time) * latents) / time
+    assert_close(given[0], 2 * images - 1, 1e-6)
+    assert_uniform(torch.special.ndtr(noise.flatten()))
+    assert not torch.allclose(noise[0], noise[1], atol=0.1)
+    assert_close(losses, (noise - latents).square().mean((1, 2, 3)), 1e-3)
+
+
+def test_masked_tokens_from_images_to_loss(world):
+    model = tiny_model(world, "perceiver")
+    indices, images = torch.randint(64, (3, 16, 16)), torch.rand(3, 3, 32, 32)
+    given = encode_as(model, indices)
+    table = torch.randn(3 * 256, 64)
+    model.denoiser = Fake(lambda indices, mask, context: table[: mask.sum()])
+    losses, _ = model(images)
+    tokens, mask, _, _ = model.denoiser.calls[0]
+    assert_close(given[0], 2 * images - 1, 1e-6)
+    assert torch.equal(tokens, indices.view(3, 256))  # row by row
+    surprise = F.cross_entropy(table[: mask.sum()], tokens[mask], reduction="none")
+    of_images = surprise.split(mask.sum(1).tolist())
+    assert losses.tolist() == pytest.approx([part.mean().item() for part in of_images])
+
+
+def test_the_loss_is_computed_in_float32_under_autocast(world, monkeypatch):
+    dtypes = []
+    loss = gh.rectified_flow_loss
+
+    def keep_dtypes(denoiser, latents, t, noise, **condition):
+        dtypes.extend([latents.dtype, t.dtype, noise.dtype])
+        return loss(denoiser, latents, t=t, noise=noise, **condition)
+
+    monkeypatch.setattr(gh, "rectified_flow_loss", keep_dtypes)
+    for kind in ("rf", "perceiver"):
+        with torch.autocast("cpu", torch.bfloat16):
+            dtypes += [tensor.dtype for tensor in tiny_model(world, kind)(torch.rand(2, 3, 32, 32))]
+    assert dtypes == 7 * [torch.float32]
 
 
 @both_families
-def test_the_levels_are_the_timesteps_that_were_used(world, clip):
-    model = tiny_model(world, "rf", clip).set_stage(1)
-    calls = seen_by_denoiser(model)
+@both_denoisers
+def test_the_levels_are_those_that_were_used(world, kind, clip):
+    model = tiny_model(world, kind, clip).set_stage(1)
+    calls = inputs_of(model.denoiser)
     losses, levels = model(torch.rand(5, 3, 32, 32))
-    _, t, _, _ = calls[0]
+    used = calls[0][1]  # t, or the mask
     assert losses.shape == (5,)
-    assert torch.equal(levels, t)
+    assert torch.equal(levels, used if kind == "rf" else used.sum(1) / 256)
+    assert len(levels.unique()) == 5
 
 
-@both_families
-def test_the_levels_are_the_mask_ratios_that_were_used(world, clip):
-    model = tiny_model(world, "perceiver", clip).set_stage(1)
-    calls = seen_by_denoiser(model)
-    losses, levels = model(torch.rand(5, 3, 32, 32))
-    _, mask, _ = calls[0]
-    assert losses.shape == (5,)
-    assert levels.tolist() == pytest.approx([row.sum().item() / 256 for row in mask])
+@pytest.mark.parametrize("kind, options, level", [
+    ("perceiver", {"mask_ratio": (0.25, 0.25)}, 0.25),
+    ("rf", {"scale": 0.0}, 0.5),
+])
+def test_the_levels_are_distributed_as_asked_for(world, kind, options, level):
+    levels = tiny_model(world, kind, **options).set_stage(1)(torch.rand(3, 3, 32, 32))[1]
+    assert levels.tolist() == [level, level, level]
 
 
-def test_the_mask_ratios_are_those_asked_for(world):
-    model = tiny_model(world, "perceiver", mask_ratio=(0.25, 0.25)).set_stage(1)
-    levels = model(torch.rand(3, 3, 32, 32))[1]
-    assert levels.tolist() == [0.25, 0.25, 0.25]
-
-
-def test_the_timesteps_are_distributed_as_asked_for(world):
-    model = tiny_model(world, "rf", scale=0.0).set_stage(1)
-    levels = model(torch.rand(3, 3, 32, 32))[1]
-    assert levels.tolist() == [0.5, 0.5, 0.5]
+def test_uniform_timesteps_are_used_if_asked_for(world):
+    model = tiny_model(world, scale=0.0, distribution="uniform").set_stage(1)
+    assert len(model(torch.rand(3, 3, 32, 32))[1].unique()) == 3
 
 
 def seeded(model, *images):
@@ -921,21 +990,15 @@ def test_the_seed_decides_every_draw(world, kind):
 
 
 @both_denoisers
-def test_the_condition_comes_from_the_images_by_default(world, kind):
-    model = tiny_model(world, kind).set_stage(1)
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(seeded(model, images), seeded(model, images, images))
-
-
-@both_denoisers
-def test_the_control_takes_its_condition_from_other_images(world, kind):
+@pytest.mark.parametrize("control", [False, True])
+def test_the_condition_comes_from_the_images_or_from_the_controls(world, kind, control):
     model = tiny_model(world, kind).set_stage(1)
     images = torch.rand(2, 3, 32, 32)
     others = torch.rand(2, 3, 32, 32)
-    conditions = []
-    model.visual.register_forward_pre_hook(keep_inputs_in(conditions))
-    seeded(model, images, others)
-    assert_close(conditions[0][0], (others - model.mean) / model.std, 1e-6)
+    conditions = inputs_of(model.visual)
+    model(images, others) if control else model(images)
+    source = others if control else images
+    assert_close(conditions[0][0], (source - model.mean) / model.std, 1e-6)
 
 
 def attributes(model):
@@ -959,8 +1022,10 @@ def test_forward_leaves_nothing_behind(world, kind):
         assert value is before[key], key
 
 
-def clip_gradient(model):
-    """The gradient of the loss with respect to [CLS], or None if none reaches it."""
+@both_denoisers
+@every_stage
+def test_a_gradient_reaches_cls_after_stage_1(world, kind, stage, lora, freeze_denoiser, trains):
+    model = tiny_model(world, kind).set_stage(stage, lora, freeze_denoiser)
     features = []
 
     def keep(module, inputs, output):
@@ -970,20 +1035,9 @@ def clip_gradient(model):
 
     model.visual.register_forward_hook(keep)
     model(torch.rand(2, 3, 32, 32))[0].mean().backward()
-    return features[0].grad if features[0].requires_grad else None
-
-
-@both_denoisers
-def test_no_gradient_reaches_cls_in_stage_1(world, kind):
-    assert clip_gradient(tiny_model(world, kind).set_stage(1)) is None
-
-
-@both_denoisers
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("freeze_denoiser", [True, False])
-def test_a_gradient_reaches_cls_in_stage_2(world, kind, lora, freeze_denoiser):
-    gradient = clip_gradient(tiny_model(world, kind).set_stage(2, lora, freeze_denoiser))
-    assert (gradient.abs().sum(1) > 0).all()
+    assert features[0].requires_grad == (stage != 1)
+    if stage != 1:
+        assert (features[0].grad.abs().sum(1) > 0).all()
 
 
 @both_families
@@ -1009,28 +1063,16 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
     images = torch.rand(2, 3, 32, 32)
     plain = gradients(model, images)
     model.denoiser.grad_checkpointing = True
+    lists = [part for part in model.denoiser.children() if isinstance(part, nn.ModuleList)]
+    calls = [inputs_of(block) for part in lists for block in part]
     recomputed = gradients(model, images)
+    assert [len(call) for call in calls] == 2 * [2]  # each block is computed twice
     assert list(recomputed) == list(plain)
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name])
 
 
-@both_denoisers
-def test_checkpointing_computes_every_block_twice(world, kind):
-    model = tiny_model(world, kind).set_stage(1)
-    model.denoiser.grad_checkpointing = True
-    lists = [part for part in model.denoiser.children() if isinstance(part, nn.ModuleList)]
-    blocks = [block for part in lists for block in part]
-    calls = []
-    for block in blocks:
-        block.register_forward_pre_hook(keep_inputs_in(calls))
-    model(torch.rand(2, 3, 32, 32))[0].mean().backward()
-    assert len(calls) == 2 * len(blocks)
-
-
-# ---------------------------------------------------------------------------------------------
-# The condition: [CLS] and local tokens
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the condition
 
 
 @both_families
@@ -1043,31 +1085,55 @@ def test_the_features_are_those_of_the_visual_tower(world, clip):
 def test_the_patch_tokens_are_the_last_layers_after_its_norm(world):
     visual = load_visual(world, "tiny-clip")
     last = []
-    visual.transformer.resblocks[-1].register_forward_hook(keep_output_in(last))
+    visual.transformer.resblocks[-1].register_forward_hook(lambda *call: last.append(call[2]))
     patches = gh.encode_with_patches(visual, torch.randn(2, 3, 32, 32))[1]
     assert_close(patches, visual.ln_post(last[0])[:, 1:], 1e-6)
 
 
-def keep_output_in(calls):
-    def hook(module, inputs, output):
-        calls.append(output)
-
-    return hook
+# OpenAI's preprocessing, as its repository and its hub's preprocessor_config.json have it.
+OPENAI_MEAN_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-def test_only_local_tokens_have_a_projector_for_them(world):
-    assert set(tiny_model(world, "rf").projectors) == {"context", "vec"}
-    assert set(tiny_model(world, "perceiver").projectors) == {"context"}
-    assert "local" in tiny_model(world, "rf", local_ratio=0.5).projectors
-
-
-def test_without_local_tokens_the_condition_is_cls_alone(world):
+def test_the_tower_is_given_images_less_clips_mean_over_its_std(world):
+    model = tiny_model(world)
     images = torch.rand(2, 3, 32, 32)
-    rf = tiny_model(world, "rf").condition(images)
-    assert set(rf) == {"context", "vec"}
-    assert rf["context"].shape == (2, 1, 48)
-    assert rf["vec"].shape == (2, 768)
-    assert tiny_model(world, "perceiver").condition(images).shape == (2, 1, 32)
+    calls = inputs_of(model.visual)
+    model.encode_clip(images)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in OPENAI_MEAN_STD)
+    assert_close(calls[0][0], (images - mean) / std, 1e-6)
+
+
+def test_the_tower_keeps_no_graph_where_none_is_wanted(world):
+    images = torch.rand(2, 3, 32, 32)
+    stage_1 = tiny_model(world).set_stage(1).requires_grad_(True)
+    assert not stage_1.encode_clip(images)[0].requires_grad
+    with torch.no_grad():
+        assert not tiny_model(world).set_stage(2).encode_clip(images)[0].requires_grad
+
+
+@torch.no_grad()
+def test_without_local_tokens_the_condition_is_cls_alone_not_normalised(world):
+    images = torch.rand(2, 3, 32, 32)
+    rf, perceiver = tiny_model(world, "rf"), tiny_model(world, "perceiver")
+    cls = rf.visual((images - rf.mean) / rf.std)
+    condition = rf.condition(images)
+    assert set(condition) == {"context", "vec"}
+    assert_close(condition["context"], rf.projectors["context"](cls)[:, None], 1e-6)
+    assert_close(condition["vec"], rf.projectors["vec"](cls), 1e-6)
+    assert_close(perceiver.condition(images), perceiver.projectors["context"](cls)[:, None], 1e-6)
+
+
+@torch.no_grad()
+def test_a_projector_equals_its_definition():
+    """LayerNorm, Linear, GELU, Linear."""
+    projector = gh.Projector(8, 6)
+    perturb(projector, 1.0)
+    norm, first, _, second = projector
+    x = torch.randn(5, 8)
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    wide = first(norm.weight * normed + norm.bias)
+    assert_close(projector(x), second(wide * torch.special.ndtr(wide)), 1e-5)
 
 
 def projected_patches(model, images):
@@ -1093,6 +1159,7 @@ def test_local_tokens_of_rf_carry_the_rotary_position_of_their_patch(world):
     # The 4 x 4 patches lie exactly on the 4 x 4 tokens of the denoiser.
     expected = torch.stack([torch.zeros_like(chosen), chosen // 4, chosen % 4], dim=-1)
     torch.testing.assert_close(condition["context_ids"][:, 1:], expected.float())
+    assert (condition["context_ids"][:, 0] == 0).all()  # [CLS] lies at the origin
 
 
 @torch.no_grad()
@@ -1108,21 +1175,18 @@ def test_local_tokens_of_the_perceiver_carry_the_sincos_position_of_their_patch(
 
 
 @torch.no_grad()
-def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world):
+def test_patches_that_leave_a_rest_lie_where_their_pixels_are(world, monkeypatch):
     """Of 384 pixels, 27 patches of 14 cover 378."""
     model = tiny_model(world, "rf", local_ratio=1.0)
     width = model.projectors["local"][0].normalized_shape[0]
     model.num_locals = 27 * 27
-    model.clip_grid, model.patch_pixels, model.token_pixels = 27, 14, 16
+    model.clip_grid, model.patch_pixels, model.token_pixels = 27, 14, 16  # as of SigLIP and FLUX
     _, position = model.choose_locals(torch.rand(1, 27 * 27, width))
     assert position.max().item() == (26 * 14 + 7) / 16 - 0.5
     assert position.min().item() == 7 / 16 - 0.5
-
-
-@torch.no_grad()
-def test_cls_lies_at_the_rotary_origin(world):
-    condition = tiny_model(world, "rf", local_ratio=0.5).condition(torch.rand(2, 3, 32, 32))
-    assert (condition["context_ids"][:, 0] == 0).all()
+    monkeypatch.setattr(gh, "image_side", lambda _: 33)  # 4 patches of 8 cover 32
+    parts = model.visual, model.autoencoder, model.denoiser
+    assert gh.Continuous(*parts, local_ratio=1.0).patch_pixels == 8
 
 
 @torch.no_grad()
@@ -1136,65 +1200,46 @@ def test_each_image_draws_its_own_local_tokens_without_repetition(world):
     assert len(draws) > 1
 
 
-@pytest.mark.parametrize("ratio, tokens", [(0.1, 2), (0.5, 8), (1.0, 16)])
+@pytest.mark.parametrize("ratio, tokens", [(0.0, 0), (0.1, 2), (0.5, 8), (1.0, 16)])
 def test_the_local_ratio_is_a_share_of_the_patches(world, ratio, tokens):
-    model = tiny_model(world, "perceiver", local_ratio=ratio)
-    assert model.condition(torch.rand(1, 3, 32, 32)).shape == (1, 1 + tokens, 32)
+    rf, perceiver = (tiny_model(world, kind, local_ratio=ratio) for kind in ("rf", "perceiver"))
+    assert perceiver.condition(torch.rand(1, 3, 32, 32)).shape == (1, 1 + tokens, 32)
+    local = {"local"} if tokens else set()
+    assert set(rf.projectors) == {"context", "vec"} | local
+    assert set(perceiver.projectors) == {"context"} | local
 
 
-def test_a_local_ratio_of_no_patch_is_refused(world):
-    with pytest.raises(UserError, match="0.01 is none of 16 patch tokens"):
-        tiny_model(world, "rf", local_ratio=0.01)
-
-
-# ---------------------------------------------------------------------------------------------
-# Reconstruction
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ reconstruction
 
 
 def decoded(model, codes):
     return (model.autoencoder.decode(codes) / 2 + 0.5).clamp(0, 1)
 
 
-class StraightPath(nn.Module):
-    """Knows the truth: the velocity of the straight path to it at x_t is (x_t - truth) / t."""
-
-    def __init__(self, config, truth):
-        super().__init__()
-        self.config = config
-        self.truth = truth
-
-    def forward(self, x, t, **condition):
-        return (x - self.truth) / t.view(-1, 1, 1, 1)
-
-
-class KnownTokens(nn.Module):
-    """Knows the truth of all tokens; `calls` holds the tokens and the masks that it was given."""
-
-    def __init__(self, truth):
-        super().__init__()
-        self.truth = truth
-        self.calls = []
-
-    def forward(self, indices, mask, context):
-        self.calls.append((indices, mask))
-        return 1000.0 * F.one_hot(self.truth[mask], 64)
-
-
-class Guesses(KnownTokens):
-    """Changes its mind at each call."""
-
-    def forward(self, indices, mask, context):
-        self.calls.append((indices, mask))
-        return torch.randn(int(mask.sum()), 64)
-
-
 def test_euler_steps_reach_the_truth(world):
+    """The velocity of the straight path to the truth at x_t is (x_t - truth) / t."""
     images = torch.rand(3, 3, 32, 32)
-    model = tiny_model(world)
+    model = tiny_model(world, local_ratio=0.5)
     truth = model.autoencoder.encode(2 * images - 1, sample=False)
-    model.denoiser = StraightPath(model.denoiser.config, truth)
+    path = Fake(lambda x, t: (x - truth) / t.view(-1, 1, 1, 1), model.denoiser.config)
+    model.denoiser = path
     assert_close(model.reconstruct(images, steps=7), decoded(model, truth))
+    start, _, condition = path.calls[0]
+    assert_uniform(torch.special.ndtr(start.flatten()))
+    assert set(condition) == {"context", "vec", "context_ids"}
+    times = torch.stack([t for _, t, _ in path.calls])
+    expected = torch.arange(7, 0, -1)[:, None] / 7  # the velocity is taken where the step begins
+    torch.testing.assert_close(times, expected.expand(7, 3))
+
+
+def knows(truth):
+    """A denoiser that is sure of the true tokens."""
+    return Fake(lambda indices, mask, context: 1000.0 * F.one_hot(truth[mask], 64))
+
+
+def guesses(truth):
+    """A denoiser that changes its mind at each call."""
+    return Fake(lambda indices, mask, context: torch.randn(int(mask.sum()), 64))
 
 
 def discrete_with(world, images, denoiser):
@@ -1208,73 +1253,98 @@ def discrete_with(world, images, denoiser):
 @pytest.mark.parametrize("steps, mask_ratio", [(8, 1.0), (1, 1.0), (1, 0.75), (40, 0.1)])
 def test_masked_decoding_reaches_the_truth(world, steps, mask_ratio):
     images = torch.rand(3, 3, 32, 32)
-    model, indices = discrete_with(world, images, KnownTokens)
+    model, indices = discrete_with(world, images, knows)
     result = model.reconstruct(images, steps, mask_ratio)
     assert_close(result, decoded(model, indices.view(3, 16, 16)))
 
 
-def test_masked_decoding_follows_the_cosine_schedule(world):
+SCHEDULES = [
+    ({"steps": 8}, [int(256 * math.cos(math.pi / 2 * step / 8)) for step in range(8)]),
+    ({}, [int(256 * math.cos(math.pi / 2 * step / 20)) for step in range(20)]),
+    ({"steps": 1, "mask_ratio": 0.75}, [192]),
+]
+
+
+@pytest.mark.parametrize("options, hidden", SCHEDULES)
+def test_masked_decoding_follows_the_cosine_schedule(world, options, hidden):
     images = torch.rand(3, 3, 32, 32)
-    model, _ = discrete_with(world, images, KnownTokens)
-    model.reconstruct(images, steps=8)
-    cosine = [int(256 * math.cos(math.pi / 2 * step / 8)) for step in range(1, 8)]
-    for image in range(3):
-        hidden = [mask[image].sum().item() for _, mask in model.denoiser.calls]
-        assert hidden == [256, *cosine]
+    model, _ = discrete_with(world, images, knows)
+    model.reconstruct(images, **options)
+    masks = [mask.sum(1).tolist() for _, mask, _, _ in model.denoiser.calls]
+    assert masks == [3 * [count] for count in hidden]
 
 
-def test_one_step_asks_once_for_all_that_is_masked(world):
-    images = torch.rand(3, 3, 32, 32)
-    model, _ = discrete_with(world, images, KnownTokens)
-    model.reconstruct(images, steps=1, mask_ratio=0.75)
-    masks = [mask.sum(1).tolist() for _, mask in model.denoiser.calls]
-    assert masks == [[192, 192, 192]]
-
-
-def test_masked_decoding_keeps_what_it_has_accepted(world):
+def test_masked_decoding_keeps_what_it_was_given_and_has_accepted(world):
     images = torch.rand(2, 3, 32, 32)
-    model, _ = discrete_with(world, images, Guesses)
-    model.reconstruct(images, steps=6)
+    model, indices = discrete_with(world, images, guesses)
+    model.reconstruct(images, steps=6, mask_ratio=0.5)
     calls = model.denoiser.calls
-    for (given, mask), (later, later_mask) in zip(calls, calls[1:], strict=False):
+    given, mask, _, _ = calls[0]
+    assert torch.equal(given[~mask], indices[~mask])
+    for (given, mask, *_), (later, later_mask, *_) in zip(calls, calls[1:], strict=False):
         assert not (later_mask & ~mask).any()
         assert torch.equal(later[~mask], given[~mask])
 
 
-def test_masked_decoding_starts_from_the_unmasked_tokens(world):
-    images = torch.rand(2, 3, 32, 32)
-    model, indices = discrete_with(world, images, Guesses)
-    model.reconstruct(images, steps=6, mask_ratio=0.5)
-    given, mask = model.denoiser.calls[0]
-    assert torch.equal(given[~mask], indices[~mask])
+def fill_in(world, shape, answer, **options):
+    """Decode tokens that are all masked: the result, and the mask at each step."""
+    model = tiny_model(world, "perceiver")
+    model.denoiser = Fake(answer)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    result = model.fill_in(tokens, torch.ones(shape, dtype=torch.bool), None, **options)
+    return result, [mask for _, mask, _, _ in model.denoiser.calls]
 
 
-class SurerToTheRight(KnownTokens):
-    """At position j, 64 - j codes are equally likely: whichever is drawn is equally sure."""
+def equally_likely(counts):
+    """An answer: at position j, counts[j] codes are equally likely, so that each is as sure."""
 
-    def forward(self, indices, mask, context):
-        self.calls.append((indices, mask))
-        _, position = mask.nonzero(as_tuple=True)
-        impossible = torch.arange(64) >= 64 - position[:, None]
+    def answer(indices, mask, context):
+        impossible = torch.arange(64) >= counts[mask.nonzero()[:, 1], None]
         return torch.zeros(impossible.shape).masked_fill(impossible, -torch.inf)
+
+    return answer
 
 
 def test_masked_decoding_keeps_the_surest_tokens(world):
-    model, _ = discrete_with(world, torch.rand(2, 3, 32, 32), SurerToTheRight)
-    tokens = torch.zeros(2, 64, dtype=torch.long)
-    everything = torch.ones(2, 64, dtype=torch.bool)
-    model.fill_in(tokens, everything, None, steps=2, temperature=0.0)
-    _, mask = model.denoiser.calls[1]
-    still_masked = int(64 * math.cos(math.pi / 4))
-    expected = torch.arange(64) < still_masked
-    assert torch.equal(mask, expected.expand(2, 64))
+    surer_to_the_right = equally_likely(64 - torch.arange(64))
+    _, masks = fill_in(world, (2, 64), surer_to_the_right, steps=2, temperature=0.0)
+    expected = torch.arange(64) < int(64 * math.cos(math.pi / 4))
+    assert torch.equal(masks[1], expected.expand(2, 64))
+
+
+@pytest.mark.parametrize("options, weight", [
+    ({"steps": 2, "temperature": 2.0}, 1),
+    ({"steps": 4, "temperature": 2.0}, 1.5),
+    ({"steps": 2}, 4.5 / 2),  # MaskGIT's temperature
+])
+def test_noise_lets_less_sure_tokens_win(world, options, weight):
+    """Of two tokens with probabilities 1 and 1/4, Gumbel noise chooses as Luce's rule says."""
+    likely = equally_likely(torch.tensor([1, 4]))
+    _, masks = fill_in(world, (20_000, 2), likely, **options)
+    share = (~masks[1][:, 0]).double().mean().item()
+    assert share == pytest.approx(1 / (1 + 0.25 ** (1 / weight)), abs=0.014)  # 4 standard errors
+
+
+@pytest.mark.parametrize("steps, share", [(1, 1.0), (2, 0.8)])
+def test_one_step_takes_the_likeliest_and_several_draw(world, steps, share):
+    logits = torch.tensor([0.8, 0.2]).log()
+
+    def steady(indices, mask, context):
+        return logits.expand(int(mask.sum()), 2)
+
+    result, _ = fill_in(world, (5_000, 1), steady, steps=steps)
+    assert (result == 0).double().mean().item() == pytest.approx(share, abs=0.016)
 
 
 @both_denoisers
 def test_reconstruction_takes_no_part_in_training(world, kind):
     model = tiny_model(world, kind).set_stage(2)
     modes = [module.training for module in model.modules()]
+    seen = []
+    for part in (model.visual, model.denoiser):
+        part.register_forward_pre_hook(lambda *_: seen.extend(m.training for m in model.modules()))
     images = model.reconstruct(torch.rand(2, 3, 32, 32), steps=2)
+    assert not any(seen)
     assert not images.requires_grad
     assert [module.training for module in model.modules()] == modes
 
@@ -1287,37 +1357,7 @@ def test_reconstructions_are_images(world, kind):
     assert images.max() <= 1
 
 
-# ---------------------------------------------------------------------------------------------
-# The equations
-# ---------------------------------------------------------------------------------------------
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def assert_uniform(values):
-    """Kolmogorov-Smirnov: no larger distance to the uniform distribution than p = 0.001 allows."""
-    values = values.sort().values
-    steps = torch.arange(len(values) + 1) / len(values)
-    above = (steps[1:] - values).max()
-    below = (values - steps[:-1]).max()
-    assert max(above, below) < 1.95 / math.sqrt(len(values))
-
-
-def logit_normal_cdf(t, scale):
-    """P(t < x) = Phi(logit(x) / s)."""
-    return 0.5 * (1 + torch.erf(torch.logit(t) / scale / math.sqrt(2)))
-
-
-@pytest.mark.parametrize("scale", [0.1, 0.5, 1, 5, 10])
-def test_timesteps_follow_the_scaled_logit_normal(scale):
-    t = gh.sample_timesteps(20_000, scale, generator=seed(0)).double()
-    # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
-    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
-    inside = t[(t > ends[0]) & (t < ends[1])]
-    low, high = logit_normal_cdf(ends, scale)
-    assert_uniform((logit_normal_cdf(inside, scale) - low) / (high - low))
+# ------------------------------------------------------------------ the equations
 
 
 @pytest.mark.parametrize("scale", [1, 10, 1000])
@@ -1325,16 +1365,9 @@ def test_timesteps_are_never_zero_or_one(scale):
     t = gh.sample_timesteps(20_000, scale, generator=seed(0))
     assert t.min() > 0
     assert t.max() < 1
-
-
-def test_uniform_timesteps_are_uniform():
-    t = gh.sample_timesteps(20_000, distribution="uniform", generator=seed(0))
-    assert_uniform(t.double())
-
-
-def test_an_unknown_distribution_is_refused():
-    with pytest.raises(ValueError, match="'normal'.*logit-normal or uniform"):
-        gh.sample_timesteps(3, distribution="normal")
+    if scale > 1:
+        assert t.min() < 1e-6  # no more than needed is cut off
+        assert t.max() > 1 - 1e-6
 
 
 def test_time_stays_float32_under_autocast():
@@ -1354,105 +1387,141 @@ def test_time_stays_float32_under_autocast():
     assert dtypes == 4 * [torch.float32]
 
 
-def test_the_time_is_embedded_in_thousandths():
-    embedded = gh.timestep_embedding(torch.tensor([0.25]))[0]
-    assert embedded[0] == pytest.approx(math.cos(250), abs=1e-4)
-    assert embedded[128] == pytest.approx(math.sin(250), abs=1e-4)
-
-
-class Remembers:
-    """A denoiser that predicts a fixed velocity and keeps its noisy latents and its time."""
-
-    def __init__(self, velocity):
-        self.velocity = velocity
-
-    def __call__(self, noisy, t, context, vec, context_ids=None):
-        self.noisy = noisy
-        self.t = t
-        return self.velocity
-
-
-def two_numbers(a, b):
-    """Two images of one latent each."""
-    return torch.tensor([a, b]).view(2, 1, 1, 1)
-
-
-def test_noisy_latents_lie_between_data_and_noise():
-    denoiser = Remembers(two_numbers(0.0, 0.0))
-    data = two_numbers(2.0, 2.0)
-    noise = two_numbers(10.0, 10.0)
-    t = torch.tensor([0.0, 0.25])
-    gh.rectified_flow_loss(denoiser, data, None, None, t, noise)
-    assert denoiser.noisy.flatten().tolist() == [2.0, 0.75 * 2 + 0.25 * 10]
-    assert torch.equal(denoiser.t, t)
-
-
-def test_the_flow_loss_is_the_squared_error_of_noise_minus_data():
-    denoiser = Remembers(two_numbers(8.0, 5.0))
-    data = two_numbers(2.0, 2.0)
-    noise = two_numbers(10.0, 10.0)
-    losses = gh.rectified_flow_loss(denoiser, data, None, None, torch.rand(2), noise)
-    assert losses.tolist() == [(10 - 2 - 8) ** 2, (10 - 2 - 5) ** 2]
-
-
-def test_mask_ratios_are_uniform_in_their_range():
-    hidden = gh.sample_masks(400, 196, 0.5, 0.9, seed(0)).sum(1).double()
-    # Counts are whole numbers: spread each over the width of its step.
-    ratios = (hidden + torch.rand(400, generator=seed(1), dtype=torch.float64) - 0.5) / 196
-    assert hidden.min() >= round(0.5 * 196)
-    assert hidden.max() <= round(0.9 * 196)
-    assert_uniform(((ratios - 0.5) / 0.4).clamp(0, 1))
-
-
-@pytest.mark.parametrize("ratio, n, hidden", [(0.75, 25, 19), (0.01, 9, 1), (0.0, 9, 1), (1, 9, 9)])
-def test_a_mask_hides_the_rounded_share_and_at_least_one(ratio, n, hidden):
-    mask = gh.sample_masks(5, n, ratio, ratio)
-    assert mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == 5 * [hidden]
-
-
 def test_every_position_is_masked_equally_often():
     mask = gh.sample_masks(20_000, 4, 0.5, 0.5, seed(0))
     # Two of four: .5 each, with a standard error of .0035.
     assert mask.double().mean(0).tolist() == pytest.approx(4 * [0.5], abs=0.014)
 
 
-def masked_example():
-    """Three images of ten tokens, from seven codes, of which 1, 5 and 7 are masked."""
+def masked_example(logits_of):
+    """Three images of ten tokens, from seven codes, of which 1, 5 and 7 are masked: the losses."""
     indices = torch.randint(7, (3, 10))
     mask = torch.zeros(3, 10, dtype=torch.bool)
     mask[0, :1] = True
     mask[1, :5] = True
     mask[2, 3:] = True
-    return indices, mask
+    logits = logits_of(indices[mask])
+    return gh.masked_token_loss(logits, indices, mask), logits, indices, mask
 
 
-def test_knowing_nothing_costs_the_logarithm_of_the_codes():
-    indices, mask = masked_example()
-    losses = gh.masked_token_loss(torch.zeros(13, 7), indices, mask)
-    assert losses.tolist() == pytest.approx(3 * [math.log(7)])
+def flow_loss(velocity, data, noise, t=0.5):
+    """The flow loss of an image whose predicted velocity is known, and the inputs of that."""
+    tensors = [torch.as_tensor(x).view(1, -1, 1, 1) for x in (velocity, data, noise)]
+    denoiser = Fake(lambda *_: tensors[0])
+    t = torch.tensor([t])
+    loss = gh.rectified_flow_loss(denoiser, tensors[1], "context", "vec", t, tensors[2], "ids")
+    return loss, denoiser.calls[0]
 
 
-def test_knowing_the_masked_tokens_costs_nothing():
-    indices, mask = masked_example()
-    logits = 100.0 * F.one_hot(indices[mask], 7)
-    losses = gh.masked_token_loss(logits, indices, mask)
-    assert losses.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+def mask_counts(ratio, n):
+    return gh.sample_masks(3, n, ratio, ratio).sum(1)
 
 
-def test_the_masked_loss_is_each_images_mean_over_its_masked_tokens():
-    indices, mask = masked_example()
-    logits = torch.randn(13, 7)
-    surprise = iter(-logits.log_softmax(-1).double())
-    for image, loss in enumerate(gh.masked_token_loss(logits, indices, mask)):
+ONE = torch.ones(1, dtype=torch.bfloat16)
+SMALL = torch.tensor([1e-3, -1e-3])  # its mean square is FLUX's epsilon, 1e-6
+POSITION = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
+POSITION += [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
+BY_HAND = {
+    "x_t = (1 - t) x + t eps": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][0], [4.0]),
+    "x_t at t = 0 is the data": (lambda: flow_loss(0.0, 2.0, 10.0, 0.0)[1][0], [2.0]),
+    "the denoiser is given t": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][1], [0.25]),
+    "(v - (eps - x))^2 = 0": (lambda: flow_loss(8.0, 2.0, 10.0)[0], [0.0]),
+    "(v - (eps - x))^2": (lambda: flow_loss(5.0, 2.0, 10.0)[0], [9.0]),
+    "the loss is a mean": (lambda: flow_loss([5.0, 8.0], [2.0, 2.0], [10.0, 10.0])[0], [4.5]),
+    "the loss is in float32": (lambda: flow_loss(0 * ONE, 0.0, 1.001)[0], [1.001**2]),
+    "a mask hides the rounded share": (lambda: mask_counts(0.75, 25), 3 * [19]),
+    "a mask hides at least one": (lambda: mask_counts(0.01, 9), 3 * [1]),
+    "a mask of none hides one": (lambda: mask_counts(0.0, 9), 3 * [1]),
+    "a mask hides all": (lambda: mask_counts(1, 9), 3 * [9]),
+    "knowing nothing": (lambda: masked_example(lambda _: torch.zeros(13, 7))[0], 3 * [math.log(7)]),
+    "knowing all": (lambda: masked_example(lambda s: 100.0 * F.one_hot(s, 7))[0], 3 * [0.0]),
+    "images": (lambda: gh.to_unit_range(torch.tensor([-3, -1, 0, 1, 3])), [0, 0, 0.5, 1, 1]),
+    "images in float32": (lambda: gh.to_unit_range(1.0078125 * ONE - 1), [0.50390625]),
+    "1000 t": (
+        lambda: gh.timestep_embedding(torch.tensor([0.25]))[0, [0, 128]],
+        [math.cos(250), math.sin(250)],
+    ),
+    "sin-cos position": (lambda: gh.sincos_embedding(torch.tensor([3, 5]), 8), POSITION),
+    "tokens run along the rows": (lambda: gh.grid_embedding(36, 8, "cpu")[3 * 6 + 5], POSITION),
+    "epsilon of the RMSNorm": (lambda: gh.RMSNorm(2)(SMALL), [0.5**0.5, -(0.5**0.5)]),
+    "epsilon of the LayerNorm": (lambda: gh.modulate(SMALL, 0, 0), [0.5**0.5, -(0.5**0.5)]),
+    "(1 + scale) x + shift": (lambda: gh.modulate(SMALL, 3, 1), [3 + 2**0.5, 3 - 2**0.5]),
+}
+
+
+@pytest.mark.parametrize("what", BY_HAND)
+def test_equations_by_hand(what):
+    compute, expected = BY_HAND[what]
+    assert compute().flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_flow_loss_hands_the_condition_on():
+    *_, context, vec, others = flow_loss(0.0, 2.0, 10.0)[1]
+    assert (context, vec, others) == ("context", "vec", {"context_ids": "ids"})
+
+
+def test_conversions_to_float32():
+    half = torch.zeros(4, dtype=torch.bfloat16)
+    assert gh.to_unit_range(half).dtype == gh.timestep_embedding(half).dtype == torch.float32
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def assert_uniform(values):
+    """Kolmogorov-Smirnov: no larger distance to the uniform distribution than p = 0.001 allows."""
+    values = values.sort().values
+    steps = torch.arange(len(values) + 1) / len(values)
+    above = (steps[1:] - values).max()
+    below = (values - steps[:-1]).max()
+    assert max(above, below) < 1.95 / math.sqrt(len(values))
+
+
+def logit_normal(*scale):
+    """20,000 timesteps t, as P(T < t) = Phi(logit(t) / s), which is uniform; s = 1 by default."""
+    t = gh.sample_timesteps(20_000, *scale, generator=seed(0)).double()
+    # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
+    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
+    inside = t[(t > ends[0]) & (t < ends[1])]
+    scale = scale[0] if scale else 1
+    low, high = torch.special.ndtr(torch.logit(ends) / scale)
+    return (torch.special.ndtr(torch.logit(inside) / scale) - low) / (high - low)
+
+
+def mask_ratios():
+    """400 mask ratios between .5 and .9 of 196 tokens, as a share of that range."""
+    hidden = gh.sample_masks(400, 196, 0.5, 0.9, seed(0)).sum(1).double()
+    assert round(0.5 * 196) <= hidden.min() <= hidden.max() <= round(0.9 * 196)
+    # Counts are whole numbers: spread each over the width of its step.
+    ratios = (hidden + torch.rand(400, generator=seed(1), dtype=torch.float64) - 0.5) / 196
+    return ((ratios - 0.5) / 0.4).clamp(0, 1)
+
+
+@pytest.mark.parametrize("draw", [
+    logit_normal,
+    lambda: logit_normal(0.1),
+    lambda: logit_normal(0.5),
+    lambda: logit_normal(5),
+    lambda: logit_normal(10),
+    lambda: gh.sample_timesteps(20_000, 1.0, "uniform", seed(0)).double(),
+    mask_ratios,
+])
+def test_draws_are_distributed_as_they_say(draw):
+    assert_uniform(draw())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_masked_loss_is_each_images_mean_over_its_masked_tokens(dtype):
+    losses, logits, indices, mask = masked_example(lambda _: torch.randn(13, 7).to(dtype))
+    surprise = iter(-logits.double().log_softmax(-1))
+    for image, loss in enumerate(losses):
         hidden = indices[image][mask[image]]
         by_hand = [next(surprise)[index].item() for index in hidden]
         assert loss.item() == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------
-# LoRA
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ LoRA
 
 
 def adapters(visual):
@@ -1471,35 +1540,31 @@ def with_lora(world, name):
 
 
 @pytest.mark.parametrize("clip, matrices", [("tiny-clip", 2 * 6 + 1), ("tiny-siglip", 2 * 6 + 6)])
-def test_lora_is_on_every_matrix(world, clip, matrices):
-    assert gh.inject_lora(load_visual(world, clip)) == matrices
-
-
-@both_families
-def test_only_lora_trains(world, clip):
+def test_lora_is_on_every_matrix_as_the_paper_sets_it(world, clip, matrices):
+    """App. B: rank 16, alpha 16, dropout 0.1. A and B start as in the code of Hu et al."""
     visual = load_visual(world, clip).requires_grad_(True)
-    gh.inject_lora(visual)
+    assert gh.inject_lora(visual) == matrices
+    loras = [module for module in visual.modules() if isinstance(module, gh.LoRALinear)]
+    assert sum(lora.parts for lora in loras) == matrices
+    for lora in loras:
+        rank, width = lora.lora_A.shape[0] / lora.parts, lora.lora_A.shape[1]
+        assert (rank, lora.scale, lora.dropout.p) == (16, 1.0, 0.1)
+        assert_uniform((lora.lora_A.detach().flatten() * math.sqrt(width) + 1) / 2)
+        assert not lora.lora_B.any()
     trained = {name for name, p in visual.named_parameters() if p.requires_grad}
     assert trained == set(adapters(visual))
 
 
 @both_families
 @pytest.mark.parametrize("mode", [True, False])
-def test_injecting_lora_keeps_the_mode(world, clip, mode):
-    visual = load_visual(world, clip).train(mode)
-    gh.inject_lora(visual)
-    assert {module.training for module in visual.modules()} == {mode}
-
-
-@both_families
-@pytest.mark.parametrize("mode", [True, False])
 @torch.no_grad()
-def test_lora_changes_nothing_before_training(world, clip, mode):
-    visual = load_visual(world, clip)
+def test_before_training_lora_keeps_the_features_and_the_mode(world, clip, mode):
+    visual = load_visual(world, clip).train(mode)
     x = torch.randn(2, 3, 32, 32)
     before = visual(x)
     gh.inject_lora(visual)
-    assert_close(visual.train(mode)(x), before, 1e-5)
+    assert {module.training for module in visual.modules()} == {mode}
+    assert_close(visual(x), before, 1e-5)
 
 
 @both_families
@@ -1507,7 +1572,13 @@ def test_lora_changes_nothing_before_training(world, clip, mode):
 def test_lora_changes_the_features_once_trained(world, clip):
     x = torch.randn(2, 3, 32, 32)
     before = load_visual(world, clip)(x)
-    assert (with_lora(world, clip)(x) - before).abs().max() > 1e-2
+    visual = with_lora(world, clip)
+    adapted = visual(x)
+    assert (adapted - before).abs().max() > 1e-2
+    assert torch.equal(visual(x), adapted)  # without dropout
+    assert_close(gh.encode_with_patches(visual, x)[0], adapted, 1e-6)
+    assert not torch.equal(visual.train()(x), adapted)  # with dropout
+    assert_close(gh.merge_lora(visual.eval())(x), adapted, 1e-5)
 
 
 @both_families
@@ -1522,94 +1593,70 @@ def test_every_adapter_gets_a_gradient(world, clip):
             assert part.abs().sum() > 0, name
 
 
-@both_families
 @torch.no_grad()
-def test_lora_drops_out_in_training_mode_alone(world, clip):
-    visual = with_lora(world, clip)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(visual(x), visual(x))
-    visual.train()
-    assert not torch.equal(visual(x), visual(x))
-
-
-@both_families
-@torch.no_grad()
-def test_lora_acts_with_patch_tokens_too(world, clip):
-    visual = with_lora(world, clip)
-    x = torch.randn(2, 3, 32, 32)
-    assert_close(gh.encode_with_patches(visual, x)[0], visual(x), 1e-6)
-
-
-@both_families
-@torch.no_grad()
-def test_merging_lora_keeps_the_features(world, clip):
-    visual = with_lora(world, clip)
-    x = torch.randn(2, 3, 32, 32)
-    adapted = visual(x)
-    assert_close(gh.merge_lora(visual)(x), adapted, 1e-5)
-
-
-@both_families
-def test_merging_lora_restores_modules_and_names(world, clip):
-    original = load_visual(world, clip)
-    merged = gh.merge_lora(with_lora(world, clip))
-    types = [(name, type(module)) for name, module in merged.named_modules()]
-    assert types == [(name, type(module)) for name, module in original.named_modules()]
-    assert list(merged.state_dict()) == list(original.state_dict())
+def test_lora_drops_inputs_of_its_adapter_alone():
+    lora = gh.LoRALinear(nn.Linear(3, 1), rank=1, alpha=1, dropout=0.5)
+    lora.lora_A.fill_(1)
+    lora.lora_B.fill_(1)
+    x = torch.tensor([1.0, 10.0, 100.0])
+    sums = (lora(x.expand(200, 3)) - lora.base(x)).round()
+    # Each input is dropped on its own, and scaled by 1 / (1 - p) if it is kept.
+    assert set(sums.flatten().tolist()) == {0, 2, 20, 22, 200, 202, 220, 222}
 
 
 @pytest.mark.parametrize("clip, packed", [("tiny-clip", 2 * 4 + 1), ("tiny-siglip", 2 * 4 + 5)])
 def test_merging_lora_changes_the_matrices_alone(world, clip, packed):
-    original = load_visual(world, clip).state_dict()
-    merged = gh.merge_lora(with_lora(world, clip)).state_dict()
-    changed = [name for name in merged if not torch.equal(merged[name], original[name])]
+    original = load_visual(world, clip)
+    merged = gh.merge_lora(with_lora(world, clip))
+    assert layout(merged) == layout(original)
+    before, after = original.state_dict(), merged.state_dict()
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert len(changed) == packed
     for name in changed:
-        assert original[name].dim() == 2
+        assert before[name].dim() == 2
         assert "embed" not in name
+        assert after[name].is_contiguous()
 
 
-def test_lora_needs_a_linear_layer():
-    with pytest.raises(ValueError, match="no linear layer"):
-        gh.inject_lora(nn.Sequential(nn.Conv2d(3, 3, 1)))
+def adapted_by_hand(weight, lora):
+    """W + alpha / r B A, for each of the packed matrices, of a LoRA with rank 2 and alpha 6."""
+    nn.init.normal_(lora.lora_B)
+    lows = lora.lora_A.split(2)
+    products = [6 / 2 * b @ a for b, a in zip(lora.lora_B, lows, strict=True)]
+    return weight + torch.cat(products)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@torch.no_grad()
+def test_lora_on_packed_matrices_equals_its_definition(parts):
+    base = nn.Linear(8, 4 * parts)
+    lora = gh.LoRALinear(base, rank=2, alpha=6, dropout=0.0, parts=parts)
+    weight = adapted_by_hand(base.weight, lora)
+    x = torch.randn(2, 5, 8)
+    assert_close(lora(x), x @ weight.T + base.bias, 1e-5)
+    assert_close(lora.merge().weight, weight, 1e-6)
+
+
+@torch.no_grad()
 def test_lora_on_attention_equals_its_definition():
     original = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     expected = copy.deepcopy(original)
     lora = gh.LoRAAttention(original, rank=2, alpha=6, dropout=0.0)
-    nn.init.normal_(lora.qkv.lora_B)
-    nn.init.normal_(lora.out.lora_B)
+    expected.in_proj_weight.copy_(adapted_by_hand(expected.in_proj_weight, lora.qkv))
+    expected.out_proj.weight.copy_(adapted_by_hand(expected.out_proj.weight, lora.out))
     x = torch.randn(2, 5, 8)
-    with torch.no_grad():
-        for i in range(3):  # W + alpha / r B A, for q, k and v on their own
-            low = lora.qkv.lora_A[2 * i : 2 * i + 2]
-            expected.in_proj_weight[8 * i : 8 * i + 8] += 6 / 2 * lora.qkv.lora_B[i] @ low
-        expected.out_proj.weight += 6 / 2 * lora.out.lora_B[0] @ lora.out.lora_A
-        assert_close(lora(x)[0], expected(x, x, x)[0], 1e-5)
+    later = torch.full((5, 5), -torch.inf).triu(1)
+    for mask in (None, later):
+        assert_close(lora(x, attn_mask=mask)[0], expected(x, x, x, attn_mask=mask)[0], 1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_lora_on_packed_matrices_equals_its_definition(parts):
-    base = nn.Linear(8, 4 * parts)
-    lora = gh.LoRALinear(base, rank=2, alpha=6, dropout=0.0, parts=parts)
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(2, 5, 8)
-    with torch.no_grad():
-        matrices = base.weight.split(4)
-        lows = lora.lora_A.split(2)
-        adapted = [w + 6 / 2 * b @ a for w, b, a in zip(matrices, lora.lora_B, lows, strict=True)]
-        assert_close(lora(x), x @ torch.cat(adapted).T + base.bias, 1e-5)
-
-
+@torch.no_grad()
 def test_lora_on_the_projection_equals_its_definition():
     proj = nn.Parameter(torch.randn(8, 6))
     lora = gh.LoRAProj(proj, rank=2, alpha=6, dropout=0.0)
-    nn.init.normal_(lora.lora_B)
+    weight = adapted_by_hand(proj.T, lora)
     pooled = torch.randn(3, 8)
-    with torch.no_grad():
-        delta = 6 / 2 * lora.lora_B[0] @ lora.lora_A
-        assert_close(pooled @ lora, pooled @ (proj + delta.T), 1e-5)
+    assert_close(pooled @ lora, pooled @ weight.T, 1e-5)
 
 
 BACKBONE_SIZES = {  # parameters of model and visual tower, adapted matrices, parameters of LoRA
@@ -1633,36 +1680,18 @@ def layout(module):
     return list(types.items()), list(shapes.items())
 
 
-@pytest.fixture(scope="module", params=BACKBONE_SIZES)
-def measured_backbone(request):
-    """A backbone at full size, without memory for its weights, measured before and after LoRA."""
-    clip = copy.deepcopy(full_size(request.param))
+@pytest.mark.parametrize("name", BACKBONE_SIZES)
+def test_the_six_backbones_and_their_lora_have_the_published_size(name):
+    clip = copy.deepcopy(full_size(name))  # without memory for its weights
     sizes = count_parameters(clip), count_parameters(clip.visual)
     before = layout(clip.visual)
     matrices = gh.inject_lora(clip.visual)
-    lora = count_parameters(clip.visual, trained_only=True)
-    after = layout(gh.merge_lora(clip.visual))
-    return BACKBONE_SIZES[request.param], (*sizes, matrices, lora), before, after
+    sizes += matrices, count_parameters(clip.visual, trained_only=True)
+    assert sizes == BACKBONE_SIZES[name]
+    assert layout(gh.merge_lora(clip.visual)) == before
 
 
-def test_the_six_backbones_have_the_published_size(measured_backbone):
-    expected, measured, _, _ = measured_backbone
-    assert measured[:2] == expected[:2]
-
-
-def test_lora_has_its_size_on_the_six_backbones(measured_backbone):
-    expected, measured, _, _ = measured_backbone
-    assert measured[2:] == expected[2:]
-
-
-def test_merging_lora_restores_the_six_backbones(measured_backbone):
-    _, _, before, after = measured_backbone
-    assert after == before
-
-
-# ---------------------------------------------------------------------------------------------
-# The continuous denoiser
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the continuous denoiser
 
 golden_cases = pytest.mark.parametrize("case", ["cls", "cls_local"])
 
@@ -1685,41 +1714,23 @@ def golden_flux(case):
 
 
 @golden_cases
-def test_flux_equals_fluxs_own_code(case):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flux_equals_fluxs_own_code(case, checkpointing):
     flux, inputs, velocity = golden_flux(case)
-    assert_close(flux(*inputs), velocity)
+    flux.requires_grad_(checkpointing)
+    flux.grad_checkpointing = checkpointing
+    assert_close(flux(*inputs), velocity, 1e-5)
 
 
 @golden_cases
-def test_context_positions_are_zero_by_default(case):
+def test_context_positions_are_zero_by_default_and_belong_to_their_image(case):
     flux, inputs, velocity = golden_flux(case)
-    zeros = torch.zeros(*inputs[2].shape[:2], 3)
-    assert_close(flux(*inputs, context_ids=zeros), velocity)
-
-
-@golden_cases
-def test_context_positions_matter(case):
-    flux, inputs, velocity = golden_flux(case)
-    ones = torch.ones(*inputs[2].shape[:2], 3)
-    moved = flux(*inputs, context_ids=ones)
-    assert (moved - velocity).norm() > 1e-3 * velocity.norm()
-
-
-def test_context_positions_belong_to_their_image():
-    flux, inputs, velocity = golden_flux("cls_local")
     context_ids = torch.zeros(*inputs[2].shape[:2], 3)
+    assert_close(flux(*inputs, context_ids=context_ids), velocity)
     context_ids[1] = 1
     moved = flux(*inputs, context_ids=context_ids)
     assert_close(moved[0], velocity[0])
     assert (moved[1] - velocity[1]).norm() > 1e-3 * velocity[1].norm()
-
-
-@golden_cases
-def test_checkpointed_flux_equals_fluxs_own_code(case):
-    flux, inputs, velocity = golden_flux(case)
-    flux.requires_grad_(True)
-    flux.grad_checkpointing = True
-    assert_close(flux(*inputs), velocity)
 
 
 def test_rotary_positions_turn_complex_numbers():
@@ -1732,48 +1743,57 @@ def test_rotary_positions_turn_complex_numbers():
     assert_close(gh.rotate(x, cos, sin), torch.view_as_real(turned).flatten(1), 1e-5)
 
 
-def test_rotary_dimensions_must_fill_a_head():
-    with pytest.raises(ValueError, match="must sum to the width of a head, 64"):
-        gh.Flux(gh.FluxConfig(hidden_size=128, num_heads=2))
+def test_queries_and_keys_are_normalised_in_float32():
+    x = torch.randn(3, 8).bfloat16()
+    normed = gh.RMSNorm(8).bfloat16()(x)
+    assert normed.dtype == torch.float32
+    assert_close(normed, x.float() / x.float().square().mean(-1, keepdim=True).sqrt(), 1e-5)
 
 
-@pytest.fixture(scope="module")
-def full_size_flux():
-    with torch.device("meta"):
-        return gh.Flux(gh.FluxConfig())
+DEFAULTS = [  # what no count of parameters shows
+    (gh.FluxConfig(), {"num_heads": 24, "axes_dim": (16, 56, 56), "theta": 10_000}),  # FLUX.1-dev
+    (gh.PerceiverConfig(), {"layers": 6, "width": 1024, "num_heads": 16, "n_embed": 16_384}),
+    (vqgan_file.VQGANConfig(), {"attn_resolutions": (16,), "resolution": 256}),  # taming's f16
+    (AutoEncoderConfig(), {"scale_factor": 0.3611, "shift_factor": 0.1159}),  # FLUX.1's VAE
+]
 
 
-def test_flux_has_the_published_layout(full_size_flux):
+@pytest.mark.parametrize("config, values", DEFAULTS)
+def test_the_defaults_are_the_published_ones(config, values):
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_the_noise_is_the_papers_by_default(world):
+    rf, perceiver = tiny_model(world, "rf"), tiny_model(world, "perceiver")
+    assert (rf.distribution, rf.scale) == ("logit-normal", 1.0)
+    assert perceiver.mask_ratio == (0.5, 0.9)
+
+
+def test_flux_has_the_published_layout():
     with open(os.path.join(GOLDEN, "keys_flux_2_4.json")) as file:
         published = json.load(file)
-    tensors = full_size_flux.state_dict().items()
+    with torch.device("meta"):
+        tensors = gh.Flux(gh.FluxConfig()).state_dict().items()
     assert {name: list(tensor.shape) for name, tensor in tensors} == published["shapes"]
 
 
-def test_the_denoiser_has_the_papers_size(full_size_flux):
-    assert count_parameters(full_size_flux) == 1_310_154_816
+FULL_SIZES = [  # a module, its parameters
+    (lambda: gh.Flux(gh.FluxConfig()), 1_310_154_816),  # the paper's 1.31B
+    (lambda: gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38)), 11_901_408_320),  # FLUX.1
+    # The two projectors, as the official code has them, by the width of [CLS].
+    (lambda: nn.ModuleList(gh.Projector(768, width) for width in (768, 4096)), 21_115_392),
+    (lambda: nn.ModuleList(gh.Projector(1024, width) for width in (768, 4096)), 22_361_600),
+    (lambda: nn.ModuleList(gh.Projector(1152, width) for width in (768, 4096)), 22_984_704),
+]
 
 
-def test_flux1_dev_has_its_published_size():
+@pytest.mark.parametrize("module, parameters", FULL_SIZES)
+def test_modules_have_their_published_size(module, parameters):
     with torch.device("meta"):
-        flux = gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38))
-    assert count_parameters(flux) == 11_901_408_320
+        assert count_parameters(module()) == parameters
 
 
-WIDTHS = [(768, 21_115_392), (1024, 22_361_600), (1152, 22_984_704)]
-
-
-@pytest.mark.parametrize("width, parameters", WIDTHS)
-def test_the_projectors_have_the_official_size(width, parameters):
-    with torch.device("meta"):
-        both = count_parameters(gh.Projector(width, 768))
-        both += count_parameters(gh.Projector(width, 4096))
-    assert both == parameters
-
-
-# ---------------------------------------------------------------------------------------------
-# The discrete denoiser
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the discrete denoiser
 
 every_size = pytest.mark.parametrize("n", [196, 441, 576])  # 14, 21 and 24 tokens a side
 
@@ -1791,76 +1811,33 @@ def perceiver_inputs(n):
     return torch.randint(50, (2, n)), gh.sample_masks(2, n, 0.5, 0.9), torch.randn(2, 3, 32)
 
 
-def differ(a, b):
-    return (a - b).norm() > 1e-3 * b.norm()
-
-
 @every_size
-def test_the_perceiver_predicts_the_masked_tokens_alone(n):
+@torch.no_grad()
+def test_the_perceiver_equals_its_description_with_torchs_own_attention(n):
+    """Masked tokens are predicted from the unmasked ones, all positions and the own condition."""
     perceiver = tiny_perceiver()
+    perturb(perceiver, 0.2)
     indices, mask, context = perceiver_inputs(n)
-    calls = []
-    perceiver.head.register_forward_pre_hook(keep_inputs_in(calls))
-    assert perceiver(indices, mask, context).shape == (mask.sum(), 50)
-    assert len(calls[0][0]) == mask.sum()
-
-
-@every_size
-def test_the_perceiver_does_not_read_the_masked_tokens(n):
-    perceiver = tiny_perceiver()
-    indices, mask, context = perceiver_inputs(n)
+    predicted = inputs_of(perceiver.head)
+    computed = perceiver(indices, mask, context)
+    assert len(predicted[0][0]) == mask.sum()  # the wide head is not computed for the others
+    codebook = perceiver.codebook / perceiver.codebook.std()
+    x = torch.where(mask[..., None], perceiver.mask_token, perceiver.token_in(codebook[indices]))
+    place, side = torch.arange(n), math.isqrt(n)
+    x = x + gh.sincos_embedding(torch.stack([place // side, place % side], dim=-1), 32)
+    for layer in perceiver.layers:
+        attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        attention.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.kv.weight]))
+        attention.in_proj_bias.copy_(torch.cat([layer.q.bias, layer.kv.bias]))
+        attention.out_proj = layer.proj
+        keys = layer.norm_kv(torch.cat([x, context], dim=1))
+        x = x + attention(layer.norm_q(x), keys, keys)[0]
+        wide = layer.mlp[0](layer.norm_mlp(x))
+        x = x + layer.mlp[2](wide * torch.special.ndtr(wide))  # the exact GELU
+    logits = perceiver.head(perceiver.norm(x))[mask]
+    assert_close(computed, logits, 1e-5)
     others = torch.where(mask, (indices + 1) % 50, indices)
-    assert torch.equal(perceiver(others, mask, context), perceiver(indices, mask, context))
-
-
-@every_size
-def test_the_perceiver_puts_its_mask_vector_where_tokens_are_masked(n):
-    perceiver = tiny_perceiver()
-    inputs = perceiver_inputs(n)
-    before = perceiver(*inputs)
-    perceiver.mask_token.data.neg_()
-    assert differ(perceiver(*inputs), before)
-
-
-@every_size
-def test_the_perceiver_reads_the_unmasked_tokens(n):
-    perceiver = tiny_perceiver()
-    indices, mask, context = perceiver_inputs(n)
-    others = torch.where(mask, indices, (indices + 1) % 50)
-    assert differ(perceiver(others, mask, context), perceiver(indices, mask, context))
-
-
-@every_size
-def test_the_perceiver_reads_the_condition(n):
-    perceiver = tiny_perceiver()
-    indices, mask, context = perceiver_inputs(n)
-    assert differ(perceiver(indices, mask, -context), perceiver(indices, mask, context))
-
-
-@every_size
-def test_the_perceiver_reads_an_images_own_condition_alone(n):
-    perceiver = tiny_perceiver()
-    indices, mask, context = perceiver_inputs(n)
-    context.requires_grad_(True)
-    perceiver(indices, mask, context)[0].sum().backward()  # the first row is the first image's
-    assert context.grad[0].abs().min() > 0
-    assert (context.grad[1] == 0).all()
-
-
-def test_the_logits_are_in_row_major_order():
-    perceiver = tiny_perceiver()
-    indices, mask, context = perceiver_inputs(196)
-    together = perceiver(indices, mask, context)
-    first = perceiver(indices[:1], mask[:1], context[:1])
-    second = perceiver(indices[1:], mask[1:], context[1:])
-    assert_close(together, torch.cat([first, second]), 1e-5)
-
-
-def test_the_perceiver_knows_where_a_token_is():
-    perceiver = tiny_perceiver()
-    hidden = torch.ones(1, 196, dtype=torch.bool)
-    logits = perceiver(torch.zeros(1, 196, dtype=torch.long), hidden, torch.randn(1, 3, 32))
-    assert len(logits.round(decimals=4).unique(dim=0)) == 196
+    assert torch.equal(perceiver(others, mask, context), computed)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 100])
@@ -1872,31 +1849,65 @@ def test_the_scale_of_the_codebook_does_not_matter(scale):
     assert_close(scaled(*inputs), perceiver(*inputs), 1e-3)
 
 
-def test_the_codebook_is_not_saved_with_the_perceiver():
-    assert "codebook" not in tiny_perceiver().state_dict()
-
-
-def test_the_codebook_does_not_train():
-    perceiver = gh.Perceiver(tiny_perceiver().config, nn.Parameter(torch.randn(50, 8)))
-    assert "codebook" not in dict(perceiver.named_parameters())
+def test_the_codebook_is_neither_trained_nor_saved():
+    codebook = nn.Parameter(torch.randn(50, 8) * torch.arange(1, 9))
+    perceiver = gh.Perceiver(tiny_perceiver().config, codebook)
+    assert_close(perceiver.codebook, codebook.detach() / codebook.detach().std(), 1e-6)
     assert not perceiver.codebook.requires_grad
+    assert "codebook" not in dict(perceiver.named_parameters())
+    assert "codebook" not in perceiver.state_dict()
 
 
-def test_sincos_positions_by_hand():
-    row = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
-    column = [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
-    position = gh.sincos_embedding(torch.tensor([3, 5]), 8)
-    assert position.tolist() == pytest.approx(row + column, abs=1e-6)
+IMPOSSIBLE = [  # a call, its error, the words of its message
+    (lambda _: gh.grid_embedding(10, 8, "cpu"), ValueError, "10 tokens are no square grid"),
+    (lambda _: gh.Flux(gh.FluxConfig(num_heads=12)), ValueError, "sum to the width of a head, 256"),
+    (lambda _: gh.sample_timesteps(3, distribution="normal"), ValueError, "choose logit-normal"),
+    (lambda _: gh.inject_lora(nn.Conv2d(3, 3, 1)), ValueError, "no linear layer to adapt"),
+    (lambda w: gh.inject_lora(with_lora(w, "tiny-clip")), ValueError, "has LoRA already"),
+    (lambda w: tiny_model(w).set_stage(3), ValueError, "unknown stage 3"),
+    (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 is none of 16 patch tokens"),
+]
 
 
-def test_token_positions_run_along_the_rows():
-    positions = gh.grid_embedding(9, 8, torch.device("cpu"))
-    assert torch.equal(positions[5], gh.sincos_embedding(torch.tensor([1, 2]), 8))
+@pytest.mark.parametrize("call, error, words", IMPOSSIBLE)
+def test_the_impossible_is_refused(world, call, error, words):
+    with pytest.raises(error, match=words):
+        call(world)
 
 
-def test_tokens_must_fill_a_square():
-    with pytest.raises(ValueError, match="10 tokens are no square grid"):
-        gh.grid_embedding(10, 8, torch.device("cpu"))
+# ------------------------------------------------------------------ on every device
+
+
+@both_denoisers
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_in_bf16_is_near_one_in_float32(world, monkeypatch, kind, device):
+    """Loss and gradients of stage 2, with the same draws on the CPU and on the device."""
+    model = tiny_model(world, kind).set_stage(2)
+    perturb(model.visual)  # or LoRA's B would be zero
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    images = torch.rand(8, 3, 32, 32)
+    codes = model.autoencoder.encode(2 * images - 1)  # a code at the border may be another in bf16
+    draw_timesteps = gh.sample_timesteps
+
+    def draw_on_the_cpu(n, *args, device):
+        return draw_timesteps(n, *args).to(device)
+
+    monkeypatch.setattr(gh, "sample_timesteps", draw_on_the_cpu)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape).to(x))
+    steps = []
+    for place, enabled in (("cpu", False), (device, True)):
+        model.to(place)
+        encode_as(model, codes.to(place))
+        with torch.autocast(place, torch.bfloat16, enabled=enabled):
+            named = gradients(model, images.to(place))
+            loss = seeded(model, images.to(place)).mean()
+        flat = torch.cat([named[name].flatten().float().cpu() for name in named])
+        steps.append((loss.item(), flat))
+    (expected, truth), (loss, flat) = steps
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert_close(flat, truth, 0.05)
 
 
 def load_tiny(world, name="tiny-clip"):
@@ -4824,49 +4835,47 @@ def test_a_batch_that_does_not_fit_is_one_line(comparison, monkeypatch, capsys):
     assert "out of memory with 3.: choose a smaller --batch-size" in line
 
 
+# ------------------------------------------------------------------ no step waits for the device
+
 TORCH = os.path.dirname(torch.__file__)
-READS = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+READS_VALUES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 # Operators whose results have a size that only the values tell:
 SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
-ASKS = {"_local_scalar_dense", "equal"}  # item, int, float, bool, torch.equal
+# item, int, float, bool; torch.equal; a tensor of Python's numbers:
+ASKS = {"_local_scalar_dense", "equal", "lift_fresh"}
 
 
-class Operators(TorchDispatchMode):
-    """Notes operators that would wait for a GPU. What they read of `host` lies on the CPU there."""
+class Watch:
+    """Notes in `waits` what would wait for a GPU. Tensors in `host` lie on the CPU there too."""
 
     def __init__(self, waits, host):
         super().__init__()
         self.waits = waits
         self.host = host
 
+
+class Operators(Watch, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ASKS or (name in SIZED_BY_VALUES and not self.is_host(args[0])):
+        on_host = [mask.untyped_storage().data_ptr() for mask in self.host]
+        if name in SIZED_BY_VALUES and args[0].untyped_storage().data_ptr() not in on_host:
+            self.waits.append(name)
+        if name in ASKS:
             self.waits.append(name)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype == torch.bool for index in indices):
                 self.waits.append(f"{name} by a mask")
-        if name == "lift_fresh":
-            self.waits.append("a tensor of Python's numbers")
         return func(*args, **(kwargs or {}))
 
-    def is_host(self, tensor):
-        storage = tensor.untyped_storage().data_ptr()
-        return storage in [mask.untyped_storage().data_ptr() for mask in self.host]
 
-
-class Calls(TorchFunctionMode):
-    """Notes copies from and to the host that would wait, which on a CPU are no operators."""
-
-    def __init__(self, waits):
-        super().__init__()
-        self.waits = waits
+class Calls(Watch, TorchFunctionMode):
+    """Copies from and to the host, which on a CPU are no operators."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         ours = not sys._getframe(1).f_code.co_filename.startswith(TORCH)
-        if func in READS:
+        if func in READS_VALUES:
             self.waits.append(func.__name__)
         places = [*args[1:], kwargs.get("device")] if func is torch.Tensor.to else []
         copies = any(isinstance(place, (torch.device, str, torch.Tensor)) for place in places)
@@ -4887,7 +4896,7 @@ def waits_of_a_step(world, out, monkeypatch, *more):
 
     def load_then_watch(*args):
         batches = list(load_batches(*args))
-        watching.enter_context(Calls(waits))
+        watching.enter_context(Calls(waits, host))
         watching.enter_context(Operators(waits, host))
         return iter(batches)
 
@@ -4897,8 +4906,7 @@ def waits_of_a_step(world, out, monkeypatch, *more):
 
     def sample_on_the_host(*args, device=None):
         mask = sample_masks(*args, device=device)
-        if device is None:
-            host.append(mask)
+        host.extend([mask] if device is None else [])
         return mask
 
     monkeypatch.setattr(train, "load_batches", load_then_watch)
@@ -4909,11 +4917,10 @@ def waits_of_a_step(world, out, monkeypatch, *more):
     return waits
 
 
-@pytest.mark.parametrize("denoiser", ["rf", "perceiver"])
-@pytest.mark.parametrize("stage", [1, "e2e"])  # the latter is stage 2 without a stage 1 before it
-@pytest.mark.parametrize("more", [[], ["--local-ratio", 0.5, "--shuffle-target"]])
-def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, denoiser, stage, more):
-    options = ("--denoiser", denoiser, "--stage", stage, *more)
+@both_denoisers
+def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
+    # "e2e" trains what stage 2 trains, without a stage 1 before it.
+    options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
     assert waits_of_a_step(world, tmp_path, monkeypatch, *options) == []
 
 
@@ -4925,11 +4932,30 @@ def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, denoi
     lambda losses: torch.tensor([1.0]),
 ])
 def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
-    def wait_for(log, losses, levels, skipped):
-        wait(losses)
-
-    monkeypatch.setattr(train.Log, "add", wait_for)
+    monkeypatch.setattr(train.Log, "add", lambda log, losses, *_: wait(losses))
     assert waits_of_a_step(world, tmp_path, monkeypatch, "--stage", 1)
+
+
+@pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
+@both_denoisers
+def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
+    """forward under autocast on fake CUDA tensors: without values, and without a GPU."""
+    model = tiny_model(world, kind, local_ratio=local_ratio).set_stage(stage)
+    answers = {"is_available": True, "is_bf16_supported": True, "current_device": 0}
+    for name in (*answers, "manual_seed", "manual_seed_all", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **__: answers.get(name))
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
+    # A fake mask does not know how many of its tokens are masked.
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: x.new_zeros(100, x.dim()).long())
+    for table in (gh.image_rotary_table, gh.grid_embedding):  # no cache may keep fake tensors
+        monkeypatch.setattr(gh, table.__name__, table.__wrapped__)
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        fake = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            fake[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        images = torch.empty(4, 3, 32, 32, device="cuda")
+        outputs = torch.func.functional_call(model, fake, (images,))
+    assert [output.device.type for output in outputs] == ["cuda", "cuda"]
 
 
 MAKE_TOY = os.path.join(HERE, "toy", "make_toy.py")
