@@ -5054,7 +5054,7 @@ def waits_of_a_step(world, out, monkeypatch, *more):
         return mask
 
     monkeypatch.setattr(train, "load_batches", load_then_watch)
-    monkeypatch.setattr(train, "is_due", stop_watching)
+    monkeypatch.setattr(train, "find_due", stop_watching)
     monkeypatch.setattr(gh, "sample_masks", sample_on_the_host)
     with pytest.raises(Watched):
         train.run(arguments(world, out, *more))
