@@ -68,9 +68,9 @@ from genhancer import (
     Perceiver,
     PerceiverConfig,
     UserError,
+    check_export,
     export_hf,
     find_backbone,
-    hf_config,
     image_side,
     inject_lora,
     load_clip,
@@ -1178,18 +1178,9 @@ def check(s, compares):
             check_zeroshot(*task.partition(":")[::2])
     check_start(s)
     clip, _, tokenizer = load_clip(s.backbone, s.clip_weights)  # may download: once for the machine
-    check_export(s, clip)
+    check_export(s.backbone, clip)
     if compares:
         tokenizer(["a photo"])  # SigLIP's may be missing
-
-
-def check_export(s, clip):
-    """The enhanced CLIP must fit into HuggingFace's format."""
-    try:
-        hf_config(clip)
-    except (AttributeError, KeyError):
-        raise UserError(f"{s.backbone} is neither a CLIP nor a SigLIP with vision transformers: "
-                        "choose another backbone") from None
 
 
 def check_values(s):
