@@ -19,7 +19,6 @@ learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage i
 are the optimizer and its settings (App. B).
 """
 import argparse
-import collections
 import hashlib
 import io
 import json
@@ -1110,11 +1109,12 @@ def read_json(path, *keys):
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        content = next((content[key] for key in keys if key in content and content[key]), content)
+        if isinstance(content, dict):
+            content = next((content[key] for key in keys if content.get(key)), content)
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
 
 
@@ -1122,7 +1122,7 @@ def read_tensors(path, what):
     """The tensors of one file, by name: safetensors, torch.save's, or OpenAI's own TorchScript."""
     if path.endswith(".safetensors"):
         return read_weights(path, what)[0]
-    if is_openais(path):
+    if os.path.isfile(path) and is_openais(path):
         return torch.jit.load(path, map_location="cpu").state_dict()
     return read_pickle(path, what)
 
@@ -1140,8 +1140,7 @@ def is_openais(path):
 
 # What may stand beside the weights in a checkpoint and does nothing when it is made. Of NumPy's
 # types only numbers: one of objects would take any bytes for their addresses.
-INERT = [argparse.Namespace, collections.defaultdict, collections.deque, dict, list, np.dtype]
-INERT += [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDG"]
+INERT = [argparse.Namespace, np.dtype, *[type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDG"]]
 for core in ("core", "_core"):
     INERT.append((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar"))
 INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"))  # a key
@@ -1152,6 +1151,8 @@ def read_pickle(path, what):
 
     Nothing that the file may carry is run: torch's restricted unpickler makes tensors and INERT.
     """
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file)")
     try:
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused

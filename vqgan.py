@@ -129,14 +129,11 @@ def convert(source, target):
     Nothing that the pickle may carry is run. Raises UserError for whatever load_vqgan would refuse.
     """
     what = "VQ-GAN checkpoint"
-    hint = "give last.ckpt of taming's vqgan_imagenet_f16"
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
-        raise UserError(f"{what}: {source} is both input and output: name another output")
-    if not os.path.isfile(source):
-        raise UserError(f"{what} not found at '{source}' (not a file): {hint}")
     state = read_pickle(source, what)
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise UserError(f"{what}: {source} is both input and output: name another output")
     tensors = {name: state[name] for name in state if not name.startswith("loss.")}
-    build_vqgan(tensors, source, what, hint)
+    build_vqgan(tensors, source, what, "give last.ckpt of taming's vqgan_imagenet_f16")
     # safetensors takes no views: each tensor gets memory of its own.
     tensors = {name: value.detach().clone() for name, value in tensors.items()}
     write_weights(target, tensors)
