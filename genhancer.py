@@ -948,9 +948,9 @@ def load_clip(name, weights=None, random=False):
 
     `weights` names local ones instead, which need no network. No code in them is run:
     - open_clip's safetensors or .pt, and OpenAI's own archives, such as ViT-L-14.pt;
-    - HuggingFace's format: a folder as save_pretrained writes it, or one of its files. If it is a
-      vision tower alone, the rest is the backbone's own, as without `weights`, and a line says so;
-    - either of them in a larger program's checkpoint, its names behind one prefix.
+    - HuggingFace's: a folder as save_pretrained writes it, or one of its files. What a vision
+      tower alone lacks is the backbone's own, as without `weights`, and a line says so;
+    - either of them behind a prefix, in a larger program's checkpoint.
     `random=True` keeps the random initialisation, and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
@@ -989,8 +989,6 @@ def find_backbone(name, weights=None, random=False):
         raise UserError(f"{name!r} names no tag of open_clip's, which says how images are prepared "
                         f"and which activation is computed: name {model}:TAG with one of its tags "
                         f"({tags or 'it has none: choose another model'})")
-    if weights is None and name == "toy":
-        weights = backbone.pretrained
     if weights is not None and not random:
         find_files(weights)
     return backbone
@@ -1042,13 +1040,9 @@ def image_side(visual):
 
 # ---- reading weights, running nothing ----
 
-# The patch embedding, which every CLIP has: open_clip's, timm's, HuggingFace's. Before it may stand
-# the prefix of a larger program; transformers 5 saves a vision tower alone without "vision_model.".
-PATCHES = re.compile(
-    r"(?P<prefix>(.*?\.)??)"
-    r"(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
-    r"(?P<alone>embeddings)\.patch_embedding|vision_model\.embeddings\.patch_embedding)\.weight"
-)
+# A name that every CLIP has, in open_clip's or HuggingFace's format, behind any prefix.
+PATCHES = re.compile(r"((?:.*?\.)??)(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
+                     r"(?:vision_model\.)?embeddings\.patch_embedding)\.weight")
 # Not weights: masks, positions, and the three integers in OpenAI's archives.
 IGNORED = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
 
@@ -1075,8 +1069,9 @@ def unwrap(tensors, path, what):
     if len(found) > 1:
         names = " and ".join(match[0] for match in found[:2])
         raise UserError(f"{what}: {path} holds several CLIPs ({names}): save one alone")
-    prefix = found[0]["prefix"] if found else ""
-    tower = "vision_model." if found and found[0]["alone"] else ""
+    prefix, patches = found[0].groups() if found else ("", "")
+    # transformers 5 saves a vision tower alone without its name.
+    tower = "vision_model." if patches.startswith("embeddings") else ""
     inside = [name for name in tensors if name.startswith(prefix)]
     if len(inside) < len(tensors):
         print(f"{what}: {path} holds the CLIP behind {prefix!r}, and "
@@ -1211,12 +1206,13 @@ HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for e
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # HuggingFace transposes them
 
 
-def hf_rows(clip):
+def hf_weights(clip):
     """The weights of an open_clip CLIP or SigLIP under HuggingFace's names and in its shapes.
 
-    For each name a list, to be joined, of views of the clip's own tensors.
+    Each is a view of the clip's own tensor, so that export reads it and import writes it; but the
+    two that SigLIP's pooling head packs are copies.
     """
-    rows = {}
+    weights = {}
     for key, tensor in clip.state_dict().items():
         top = key.partition(".")[0]
         # open_clip's CLIP has its text tower's parts at the top.
@@ -1230,19 +1226,13 @@ def hf_rows(clip):
         elif top.startswith("logit_") and is_siglip(clip):
             tensor = tensor.reshape(1)
         if "QKV" in name:  # one tensor here, three there
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                rows[name.replace("QKV", letter)] = [part]
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                weights[name.replace("QKV", letter)] = rows
+        elif name in weights:  # the pooling head's q comes first, then its k and v
+            weights[name] = torch.cat([weights[name], tensor])
         else:
-            rows.setdefault(name, []).append(tensor)
-    return rows
-
-
-def hf_weights(clip):
-    """The tensors of hf_rows, joined: views, but for the two that SigLIP's pooling head packs."""
-    joined = {}
-    for name, rows in hf_rows(clip).items():
-        joined[name] = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return joined
+            weights[name] = tensor
+    return weights
 
 
 def is_siglip(clip):
@@ -1252,74 +1242,69 @@ def is_siglip(clip):
 def load_hf(name, backbone, tensors, path, what):
     """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
     alone = not any(key.startswith("text_model.") for key in tensors)
-    clip = load_rest(name, path, what) if alone else create_clip(backbone)
+    clip = create_clip(backbone)
+    if alone:
+        try:
+            clip = load_clip(name)[0]
+        except UserError as error:
+            raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
+                            f"{name}'s, is not at hand: {error}") from None
     check_export(name, clip)  # what transformers cannot hold is not in its files
     weights = hf_weights(clip)
     if alone:
         weights = {key: target for key, target in weights.items()
                    if key in tensors or key.startswith("vision_model.")}
-    copy_strictly(weights, tensors, path, what)
-    for key, rows in hf_rows(clip).items():
-        if len(rows) > 1:
-            q, kv = rows
-            q.copy_(weights[key][:len(q)])
-            kv.copy_(weights[key][len(q):])
+    load_strictly(weights, tensors, path, what)
+    if is_siglip(clip):
+        pool = clip.visual.trunk.attn_pool.state_dict()
+        for kind in ("weight", "bias"):
+            q, kv = pool[f"q.{kind}"], pool[f"kv.{kind}"]
+            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
+            q.copy_(packed[:len(q)])
+            kv.copy_(packed[len(q):])
     check_config(name, clip, path, what, alone)
     if alone:
-        rest = "text tower" if PROJECTIONS[0] in weights else "text tower and visual projection"
-        print(f"{what}: {path} is a vision tower alone, with {name}'s {rest}", file=sys.stderr)
+        more = "" if PROJECTIONS[0] in weights else " and visual projection"
+        print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
+              file=sys.stderr)
     return clip
 
 
-def load_rest(name, path, what):
-    """The backbone's own weights, for what a vision tower alone lacks."""
-    try:
-        return load_clip(name)[0]
-    except UserError as error:
-        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is {name}'s, "
-                        f"is not at hand: {error}") from None
-
-
-QUICK = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-TANH = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-HF_DEFAULTS = {  # what changes numbers and shows in no shape, as transformers has it by default
-    "clip": {
-        "vision_config": QUICK | {"num_attention_heads": 12},
-        "text_config": QUICK | {"num_attention_heads": 8},
-        "image": {"image_mean": [*OPENAI_DATASET_MEAN], "image_std": [*OPENAI_DATASET_STD]},
-    },
-    "siglip": {
-        "vision_config": TANH | {"num_attention_heads": 12},
-        "text_config": TANH | {"num_attention_heads": 12},
-        "image": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
-    },
-}
+HF_DEFAULTS = [  # what shows in no shape; transformers' values where a CLIP's, a SigLIP's is silent
+    ("config.json", "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "vision_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "vision_config", "num_attention_heads", 12, 12),
+    ("config.json", "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "text_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "text_config", "num_attention_heads", 8, 12),
+    ("preprocessor_config.json", "image", "image_mean", [*OPENAI_DATASET_MEAN], [0.5, 0.5, 0.5]),
+    ("preprocessor_config.json", "image", "image_std", [*OPENAI_DATASET_STD], [0.5, 0.5, 0.5]),
+]
 
 
 def check_config(name, clip, path, what, alone):
     """Refuse weights if the JSON files beside them say other than what the backbone computes."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    config = hf_config(clip) | {"image": hf_preprocessor(clip)}
-    kind = config["model_type"]
+    ours = hf_config(clip) | {"image": hf_preprocessor(clip)}
+    kind = ours["model_type"]
     note = ""
-    for part, defaults in HF_DEFAULTS[kind].items():
-        file = "preprocessor_config.json" if part == "image" else "config.json"
+    for file, part, key, of_clip, of_siglip in HF_DEFAULTS:
         file = os.path.join(folder, file)
         if not os.path.isfile(file) or (alone and part == "text_config"):
             continue
         said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
         if not str(said.get("model_type", kind)).startswith(kind):
             continue  # a larger program's
-        for key, default in defaults.items():
-            theirs, ours = said.get(key, default), config[part][key]
-            if kind == "siglip" and (theirs, ours) == ("gelu_pytorch_tanh", "gelu"):
-                # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
-                note = f"{file} says {theirs}, and {name} computes {ours}, which is close"
-            elif theirs != ours:
-                raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} "
-                                f"computes {ours!r}: choose another backbone")
+        theirs = said.get(key, of_siglip if kind == "siglip" else of_clip)
+        value = ours[part][key]
+        if (kind, theirs, value) == ("siglip", "gelu_pytorch_tanh", "gelu"):
+            # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
+            note = f"{what}: {file} says {theirs}, and {name} computes {value}, which is close"
+        elif theirs != value:
+            raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} computes "
+                            f"{value!r}: choose another backbone")
     if note:
-        print(f"{what}: {note}", file=sys.stderr)
+        print(note, file=sys.stderr)
 
 
 # What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
@@ -1413,7 +1398,8 @@ def hf_preprocessor(clip):
     steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     return dict.fromkeys(steps, True) | {
         "image_processor_type": "SiglipImageProcessor" if is_siglip(clip) else "CLIPImageProcessor",
-        "size": square if squash else {"shortest_edge": side}, "resample": 3,  # bicubic
+        "size": square if squash else {"shortest_edge": side},
+        "resample": {"bicubic": 3, "bilinear": 2}[config["interpolation"]],  # Pillow's numbers
         "do_center_crop": not squash, "crop_size": square, "rescale_factor": 1 / 255,
         "image_mean": list(config["mean"]), "image_std": list(config["std"]),
     }
@@ -1500,20 +1486,12 @@ def checksum(tensors, about):
 
 
 def load_strictly(module, tensors, path, what):
-    """Copy `tensors`, a mapping from name to tensor, into `module`, and return the module.
-
-    Raises UserError as copy_strictly does.
-    """
-    copy_strictly(module.state_dict(), tensors, path, what)
-    return module
-
-
-def copy_strictly(targets, tensors, path, what):
-    """Copy tensors into targets; both are mappings from name to tensor.
+    """Copy tensors, by name, into a module, or into a mapping from name to tensor; return that.
 
     Every name and shape must fit, and every value must be a finite floating-point number; else
     UserError, which names `what`, the path and what does not fit.
     """
+    targets = module.state_dict() if isinstance(module, nn.Module) else module
     misfits = find_misfits(targets, tensors)
     if misfits:
         raise UserError(f"{what}: {path} does not fit: {misfits}")
@@ -1522,6 +1500,7 @@ def copy_strictly(targets, tensors, path, what):
         smallest, largest = target.aminmax()  # NaN if any value is
         if not (smallest.isfinite() and largest.isfinite()):
             raise UserError(f"{what}: {path} holds values in {name} that are not finite")
+    return module
 
 
 def find_misfits(expected, tensors):
