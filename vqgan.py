@@ -111,12 +111,8 @@ def build_vqgan(tensors, path, what, hint):
         raise UserError(f"{what}: {misfit}: {hint}") from None
     levels = range(len(layout["ch_mult"]))
     attention = [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors]
-    config = VQGANConfig(
-        **layout,
-        attn_resolutions=tuple(VQGANConfig.resolution // 2**i for i in attention),
-        n_embed=n_embed,
-        embed_dim=embed_dim,
-    )
+    sides = tuple(VQGANConfig.resolution // 2**i for i in attention)
+    config = VQGANConfig(**layout, attn_resolutions=sides, n_embed=n_embed, embed_dim=embed_dim)
     with torch.device("meta"):
         vqgan = VQGAN(config)
     vqgan.to_empty(device="cpu")
