@@ -1354,16 +1354,15 @@ def hf_config(clip):
     vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
     positions = len(weights["text_model.embeddings.position_embedding.weight"])
     config = {"model_type": kind, "torch_dtype": "float32"}
+    config["architectures"] = ["SiglipModel" if is_siglip(clip) else "CLIPModel"]
     vision = hf_tower(visual.trunk.blocks if is_siglip(clip) else visual.transformer.resblocks)
     vision |= {"model_type": f"{kind}_vision_model"}
     vision |= {"image_size": image_side(visual), "patch_size": patch}
     text = hf_tower(text.transformer.resblocks) | {"model_type": f"{kind}_text_model"}
     text |= {"vocab_size": vocabulary, "max_position_embeddings": positions}
     if is_siglip(clip):
-        config["architectures"] = ["SiglipModel"]
         text["projection_size"] = len(weights["text_model.head.weight"])
     else:
-        config["architectures"] = ["CLIPModel"]
         text["bos_token_id"] = vocabulary - 2
         text["eos_token_id"] = vocabulary - 1  # a wrong one would pool another position
         for part in (config, vision, text):
