@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -33,9 +34,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -46,7 +49,7 @@ TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
 
 class Backbone(NamedTuple):
-    model: str         # open_clip's name; plain ViT-L-14 would silently lack QuickGELU
+    model: str         # open_clip's name
     pretrained: str    # open_clip's tag, which it downloads, or a file
 
 
@@ -948,11 +951,11 @@ def load_clip(name, weights=None, random=False):
     """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
 
     `weights` names local ones instead, which need no network. No code in them is run:
-    - open_clip's safetensors or .pt;
-    - HuggingFace's format: a folder as save_pretrained writes it, or one of its files. If it is a
-      vision tower alone, the rest is the backbone's own, as without `weights`, and a line says so;
-    - OpenAI's own TorchScript archives, such as ViT-L-14.pt.
-    `random=True` keeps the random initialisation.
+    - open_clip's safetensors or .pt, and OpenAI's own archives, such as ViT-L-14.pt;
+    - HuggingFace's: a folder as save_pretrained writes it, or one of its files. What a vision
+      tower alone lacks is the backbone's own, as without `weights`, and a line says so;
+    - either of them behind a prefix, in a larger program's checkpoint.
+    `random=True` keeps the random initialisation, and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
     the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
@@ -984,27 +987,31 @@ def find_backbone(name, weights=None, random=False):
         rows = ", ".join(BACKBONES)
         raise UserError(f"unknown backbone {name!r}: choose from {rows}, "
                         "or name open_clip's MODEL:TAG")
-    if random:
-        return backbone
-    if weights is not None or name == "toy":
-        find_files(backbone.pretrained if weights is None else weights)
-    elif not open_clip.is_pretrained_cfg(backbone.model, backbone.pretrained):
-        tags = open_clip.list_pretrained_tags_by_model(backbone.model)
-        raise UserError(f"open_clip has no weights {backbone.pretrained!r} for {backbone.model}: "
-                        f"name a local file, or one of its tags ({', '.join(tags) or 'none'})")
+    known = name in BACKBONES or open_clip.is_pretrained_cfg(model, tag)
+    if not known and (tag or not random):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise UserError(f"{name!r} names no tag of open_clip's, which says how images are prepared "
+                        f"and which activation is computed: name {model}:TAG with one of its tags "
+                        f"({tags or 'it has none: choose another model'})")
+    if weights is not None and not random:
+        find_files(weights)
     return backbone
 
 
 def create_clip(backbone, download=False):
-    """An open_clip model: random, without the network; or with its tag's weights, from the hub."""
+    """An open_clip model that computes what its tag says: random, or with weights from the hub."""
     published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    look = {key: published[key] for key in keys if key in published}
     tag = backbone.pretrained if download else None
     try:
-        logging.disable(logging.WARNING)  # open_clip warns of random weights
-        return open_clip.create_model(backbone.model, pretrained=tag, load_weights=download,
-                                      pretrained_hf=False, force_preprocess_cfg=look)
+        logging.disable()  # open_clip logs what is raised here, and warns of random weights
+        return open_clip.create_model(
+            backbone.model,
+            pretrained=tag,
+            load_weights=download,
+            pretrained_hf=False,
+            force_quick_gelu=bool(published.get("quick_gelu")),  # plain ViT-L-14 does not say it
+            force_preprocess_cfg=published,  # of which it takes mean, std and how to resize
+        )
     except Exception as error:  # open_clip, the hub and the network each raise their own
         raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
                         f"its weights {backbone.pretrained!r} where there is a network, and name "
@@ -1037,6 +1044,12 @@ def image_side(visual):
 
 # ---- reading weights, running nothing ----
 
+# A name that every CLIP has, in open_clip's or HuggingFace's format, behind any prefix.
+PATCHES = re.compile(r"((?:.*?\.)??)(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
+                     r"(?:vision_model\.)?embeddings\.patch_embedding)\.weight")
+# Not weights: masks, positions, and the three integers in OpenAI's archives.
+IGNORED = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
+
 
 def load_clip_file(name, backbone, path):
     """A CLIP with the weights of a local file or folder."""
@@ -1044,18 +1057,31 @@ def load_clip_file(name, backbone, path):
     tensors = {}
     for file in find_files(path):
         tensors.update(read_tensors(file, what))
-    if any("embeddings.patch_embedding" in key or "text_model." in key for key in tensors):
+    tensors = unwrap(tensors, path, what)
+    if "vision_model.embeddings.patch_embedding.weight" in tensors:
         return load_hf(name, backbone, tensors, path, what)
-    # What open_clip's own loader converts: DistributedDataParallel's prefix, a mask that is no
-    # longer saved, a scale of shape (1,); and the three integers in OpenAI's archives.
-    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    for key in ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size"):
-        tensors.pop(key, None)
     clip = create_clip(backbone)
     for key, target in clip.state_dict().items():
         if key.startswith("logit_") and getattr(tensors.get(key), "shape", None) == (1,):
-            tensors[key] = tensors[key].reshape(target.shape)
+            tensors[key] = tensors[key].reshape(target.shape)  # as older files have it
     return load_strictly(clip, tensors, path, what)
+
+
+def unwrap(tensors, path, what):
+    """The tensors of the one CLIP among these, without the prefix that all of its names have."""
+    found = [match for name in tensors if (match := PATCHES.fullmatch(name))]
+    if len(found) > 1:
+        names = " and ".join(match[0] for match in found[:2])
+        raise UserError(f"{what}: {path} holds several CLIPs ({names}): save one alone")
+    prefix, patches = found[0].groups() if found else ("", "")
+    # transformers 5 saves a vision tower alone without its name.
+    tower = "vision_model." if patches.startswith("embeddings") else ""
+    inside = [name for name in tensors if name.startswith(prefix)]
+    if len(inside) < len(tensors):
+        print(f"{what}: {path} holds the CLIP behind {prefix!r}, and "
+              f"{len(tensors) - len(inside)} tensors elsewhere are left out", file=sys.stderr)
+    return {tower + name.removeprefix(prefix): tensors[name] for name in inside
+            if name.rpartition(".")[2] not in IGNORED}
 
 
 def find_files(path):
@@ -1070,21 +1096,24 @@ def find_files(path):
         if os.path.isfile(file):
             return [file]
         if os.path.isfile(f"{file}.index.json"):
-            shards = read_json(f"{file}.index.json").get("weight_map", {})
-            names = sorted({os.path.basename(shard) for shard in shards.values()})
+            shards = read_json(f"{file}.index.json", "weight_map").values()
+            names = sorted({os.path.basename(str(shard)) for shard in shards})
             return [os.path.join(path, name) for name in names]
     raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
                     "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
 
 
-def read_json(path):
+def read_json(path, *keys):
+    """The object in a JSON file, or in it the first object under one of `keys`."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+        if isinstance(content, dict):
+            content = next((content[key] for key in keys if content.get(key)), content)
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
 
 
@@ -1092,17 +1121,9 @@ def read_tensors(path, what):
     """The tensors of one file, by name: safetensors, torch.save's, or OpenAI's own TorchScript."""
     if path.endswith(".safetensors"):
         return read_weights(path, what)[0]
-    try:
-        if is_openais(path):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another TorchScript archive, which is refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("state_dict", content)
-        return {str(key): tensor for key, tensor in content.items()}
-    except Exception as error:  # zip, pickle and torch each raise their own
-        raise UserError(f"{what}: {path} cannot be read as safetensors, as a state dict without "
-                        f"code or as an archive of OpenAI's ({first_line(error)})") from None
+    if os.path.isfile(path) and is_openais(path):
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return read_pickle(path, what)
 
 
 def is_openais(path):
@@ -1116,6 +1137,38 @@ def is_openais(path):
     return any(digest in open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models)
 
 
+# What may stand beside the weights in a checkpoint and does nothing when it is made. Of NumPy's
+# types only numbers: one of objects would take any bytes for their addresses.
+INERT = [argparse.Namespace, np.dtype, *[type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDG"]]
+for core in ("core", "_core"):
+    INERT.append((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar"))
+INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"))  # a key
+
+
+def read_pickle(path, what):
+    """The state dict that torch.save wrote: at the top, or under `state_dict` or `model`.
+
+    Nothing that the file may carry is run: torch's restricted unpickler makes tensors and INERT.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file)")
+    try:
+        with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken or malicious pickle can raise anything
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
+        raise UserError(f"{what}: {path} cannot be read safely ({reason}), and nothing in it was "
+                        "run: download it again, or save its state dict alone") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: {path} holds no state dict")
+    return {str(name): value for name, value in content.items()}
+
+
 # ---- HuggingFace's format ----
 
 HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for export and import
@@ -1127,6 +1180,8 @@ HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for e
     ("text.text_projection",   "text_projection.weight"),
     ("text.",                  "text_model."),
     ("attn_pool.latent",       "head.probe"),
+    ("attn_pool.q.",           "head.attention.in_proj_"),  # one tensor there, two here
+    ("attn_pool.kv.",          "head.attention.in_proj_"),
     ("attn_pool.proj",         "head.attention.out_proj"),
     ("attn_pool.norm",         "head.layernorm"),
     ("attn_pool.mlp",          "head.mlp"),
@@ -1155,42 +1210,33 @@ HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for e
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # HuggingFace transposes them
 
 
-def hf_views(clip):
-    """The weights of an open_clip CLIP or SigLIP under HuggingFace's names and shapes.
+def hf_weights(clip):
+    """The weights of an open_clip CLIP or SigLIP under HuggingFace's names and in its shapes.
 
-    Each is a view of the clip's own tensor, so that export reads it and import writes it. Only
-    what pool_rows names is a copy.
+    Each is a view of the clip's own tensor, so that export reads it and import writes it; but the
+    two that SigLIP's pooling head packs are copies.
     """
-    views = {name: torch.cat(rows) for name, rows in pool_rows(clip).items()}
+    weights = {}
     for key, tensor in clip.state_dict().items():
         top = key.partition(".")[0]
         # open_clip's CLIP has its text tower's parts at the top.
         name = key if top in ("visual", "text", "logit_scale", "logit_bias") else f"text.{key}"
         for ours, theirs in HF_NAMES:
             name = name.replace(ours, theirs)
-        if "attn_pool.q." in name or "attn_pool.kv." in name:
-            continue
+        if name in PROJECTIONS:
+            tensor = tensor.T
+        elif key == "visual.trunk.pos_embed":
+            tensor = tensor[0]
+        elif top.startswith("logit_") and is_siglip(clip):
+            tensor = tensor.reshape(1)
         if "QKV" in name:  # one tensor here, three there
             for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-                views[name.replace("QKV", letter)] = rows
-        elif name in PROJECTIONS:
-            views[name] = tensor.T
-        elif key == "visual.trunk.pos_embed":
-            views[name] = tensor[0]
-        elif top.startswith("logit_") and is_siglip(clip):
-            views[name] = tensor.reshape(1)
+                weights[name.replace("QKV", letter)] = rows
+        elif name in weights:  # the pooling head's q comes first, then its k and v
+            weights[name] = torch.cat([weights[name], tensor])
         else:
-            views[name] = tensor
-    return views
-
-
-def pool_rows(clip):
-    """What HuggingFace packs in SigLIP's pooling head: its name -> open_clip's [q, k and v]."""
-    if not is_siglip(clip):
-        return {}
-    pool = clip.visual.trunk.attn_pool.state_dict()
-    return {f"vision_model.head.attention.in_proj_{kind}": [pool[f"q.{kind}"], pool[f"kv.{kind}"]]
-            for kind in ("weight", "bias")}
+            weights[name] = tensor
+    return weights
 
 
 def is_siglip(clip):
@@ -1199,106 +1245,140 @@ def is_siglip(clip):
 
 def load_hf(name, backbone, tensors, path, what):
     """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
-    if "embeddings.patch_embedding.weight" in tensors:  # transformers 5 saves a tower like this
-        tensors = {f"vision_model.{key}": tensor for key, tensor in tensors.items()}
-    tensors = {key: tensors[key] for key in tensors if not key.endswith(".position_ids")}
     alone = not any(key.startswith("text_model.") for key in tensors)
-    clip = load_rest(name, path, what) if alone else create_clip(backbone)
-    check_architecture(name, clip, tensors, path, what)
-    views = hf_views(clip)
+    clip = create_clip(backbone)
     if alone:
-        own = [key for key in views if key not in tensors and not key.startswith("vision_model.")]
-        views = {key: view for key, view in views.items() if key not in own}
-    misfits = find_misfits(views, tensors)
-    if misfits:
-        raise UserError(f"{what}: {path} does not fit: {misfits}")
-    for key, view in views.items():
-        view.copy_(tensors[key])
-    for key, (q, kv) in pool_rows(clip).items():
-        q.copy_(views[key][:len(q)])
-        kv.copy_(views[key][len(q):])
-    load_strictly(clip, clip.state_dict(), path, what)  # refuses what is not finite
+        try:
+            clip = load_clip(name)[0]
+        except UserError as error:
+            raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
+                            f"{name}'s, is not at hand: {error}") from None
+    check_export(name, clip)  # what transformers cannot hold is not in its files
+    weights = hf_weights(clip)
     if alone:
-        rest = "text tower and visual projection" if PROJECTIONS[0] in own else "text tower"
-        print(f"{what}: {path} is a vision tower alone, with {name}'s {rest}", file=sys.stderr)
+        weights = {key: target for key, target in weights.items()
+                   if key in tensors or key.startswith("vision_model.")}
+    load_strictly(weights, tensors, path, what)
+    if is_siglip(clip):
+        pool = clip.visual.trunk.attn_pool.state_dict()
+        for kind in ("weight", "bias"):
+            q, kv = pool[f"q.{kind}"], pool[f"kv.{kind}"]
+            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
+            q.copy_(packed[:len(q)])
+            kv.copy_(packed[len(q):])
+    check_config(name, clip, path, what, alone)
+    if alone:
+        more = "" if PROJECTIONS[0] in weights else " and visual projection"
+        print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
+              file=sys.stderr)
     return clip
 
 
-def load_rest(name, path, what):
-    """The backbone's own weights, for what a vision tower alone lacks."""
-    try:
-        return load_clip(name)[0]
-    except UserError as error:
-        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is {name}'s, "
-                        f"is not at hand: {error}") from None
+HF_DEFAULTS = [  # what shows in no shape; transformers' values where a CLIP's, a SigLIP's is silent
+    ("config.json", "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "vision_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "vision_config", "num_attention_heads", 12, 12),
+    ("config.json", "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "text_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "text_config", "num_attention_heads", 8, 12),
+    ("preprocessor_config.json", "image", "image_mean", [*OPENAI_DATASET_MEAN], [0.5, 0.5, 0.5]),
+    ("preprocessor_config.json", "image", "image_std", [*OPENAI_DATASET_STD], [0.5, 0.5, 0.5]),
+]
 
 
-def check_architecture(name, clip, tensors, path, what):
-    """Refuse, by name, the weights of another architecture or of another activation."""
-    theirs, ours = describe(tensors), describe(hf_views(clip))
-    if theirs != ours:
-        raise UserError(f"{what}: {path} holds {theirs}, and {name} is {ours}")
+def check_config(name, clip, path, what, alone):
+    """Refuse weights if the JSON files beside them say other than what the backbone computes."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    config = os.path.join(folder, "config.json")
-    if not os.path.isfile(config):
-        return
-    theirs = read_json(config)
-    ours = hf_config(clip)["vision_config"]["hidden_act"]
-    theirs = theirs.get("vision_config", theirs).get("hidden_act", ours)
-    # SigLIP's GELU is exact here and a tanh in transformers, which are close; QuickGELU is not.
-    if (theirs == "quick_gelu") != (ours == "quick_gelu"):
-        raise UserError(f"{what}: {config} asks for {theirs}, and {name} computes {ours}")
+    ours = hf_config(clip) | {"image": hf_preprocessor(clip)}
+    kind = ours["model_type"]
+    note = ""
+    for file, part, key, of_clip, of_siglip in HF_DEFAULTS:
+        file = os.path.join(folder, file)
+        if not os.path.isfile(file) or (alone and part == "text_config"):
+            continue
+        said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
+        if not str(said.get("model_type", kind)).startswith(kind):
+            continue  # a larger program's
+        theirs = said.get(key, of_siglip if kind == "siglip" else of_clip)
+        value = ours[part][key]
+        if (kind, theirs, value) == ("siglip", "gelu_pytorch_tanh", "gelu"):
+            # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
+            note = f"{what}: {file} says {theirs}, and {name} computes {value}, which is close"
+        elif theirs != value:
+            raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} computes "
+                            f"{value!r}: choose another backbone")
+    if note:
+        print(note, file=sys.stderr)
 
 
-def describe(tensors):
-    """The vision tower of a HuggingFace state dict in words, read off its shapes."""
-    try:
-        width, _, _, side = tensors["vision_model.embeddings.patch_embedding.weight"].shape
-        positions, _ = tensors["vision_model.embeddings.position_embedding.weight"].shape
-    except (KeyError, ValueError):
-        return "no vision tower"
-    kind = "SiglipModel" if "vision_model.head.probe" in tensors else "CLIPModel"
-    blocks = [key for key in tensors if key.startswith("vision_model.encoder.layers.")]
-    layers = len({key.split(".")[3] for key in blocks})
-    return f"a {kind} of width {width}, {layers} layers and {positions} positions of {side} pixels"
+# What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
+# open_clip's default, which is OpenAI's CLIP, or what makes a SigLIP.
+HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
+             "context_length", "norm_kwargs", "act_kwargs"}
+SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
+SIGLIP = {
+    "vision_cfg": {"timm_pool": "map", "timm_proj": "none"},
+    "text_cfg": {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+}
+
+
+def check_export(name, clip):
+    """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
+    config = open_clip.get_model_config(find_backbone(name, random=True).model)
+    siglip = is_siglip(clip)
+    varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        needed = SIGLIP[part] if siglip else {}
+        for key, value in vars(kind(**config[part])).items():
+            held = needed.get(key, getattr(kind, key))
+            if value != held and (key not in varies or isinstance(value, list)):
+                raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
+                                f"{value!r}, not {held!r}): choose another backbone")
 
 
 def export_hf(clip, folder):
-    """Write a CLIP (LoRA merged) for transformers: CLIPModel, CLIPVisionModel or SiglipModel
-    `.from_pretrained(folder)` loads it. SigLIP's text tokenizer is not in open_clip's package."""
+    """Write a CLIP (LoRA merged) for transformers, if check_export takes it: CLIPModel,
+    CLIPVisionModel or SiglipModel `.from_pretrained(folder)` loads it. SigLIP's text tokenizer is
+    not in open_clip's package."""
     config = hf_config(clip)
     write_json(os.path.join(folder, "config.json"), config)
     write_json(os.path.join(folder, "preprocessor_config.json"), hf_preprocessor(clip))
     if not is_siglip(clip):
         write_hf_tokenizer(folder, config["text_config"]["max_position_embeddings"])
-    weights = {name: view.cpu() for name, view in hf_views(clip).items()}
+    weights = {name: tensor.cpu() for name, tensor in hf_weights(clip).items()}
     write_tensors(os.path.join(folder, "model.safetensors"), weights, {"format": "pt"})
 
 
 def hf_config(clip):
     """transformers' config.json for an open_clip CLIP or SigLIP, read off its modules."""
     kind = "siglip" if is_siglip(clip) else "clip"
-    views = hf_views(clip)
+    weights = hf_weights(clip)
     visual, text = clip.visual, getattr(clip, "text", clip)
-    patch = views["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    vocabulary = len(views["text_model.embeddings.token_embedding.weight"])
-    positions = len(views["text_model.embeddings.position_embedding.weight"])
+    patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
+    positions = len(weights["text_model.embeddings.position_embedding.weight"])
     config = {"model_type": kind, "torch_dtype": "float32"}
+    config["architectures"] = ["SiglipModel" if is_siglip(clip) else "CLIPModel"]
     vision = hf_tower(visual.trunk.blocks if is_siglip(clip) else visual.transformer.resblocks)
     vision |= {"model_type": f"{kind}_vision_model"}
     vision |= {"image_size": image_side(visual), "patch_size": patch}
     text = hf_tower(text.transformer.resblocks) | {"model_type": f"{kind}_text_model"}
     text |= {"vocab_size": vocabulary, "max_position_embeddings": positions}
     if is_siglip(clip):
-        config["architectures"] = ["SiglipModel"]
-        text["projection_size"] = len(views["text_model.head.weight"])
+        text["projection_size"] = len(weights["text_model.head.weight"])
     else:
-        config["architectures"] = ["CLIPModel"]
         text["bos_token_id"] = vocabulary - 2
         text["eos_token_id"] = vocabulary - 1  # a wrong one would pool another position
         for part in (config, vision, text):
-            part["projection_dim"] = len(views["visual_projection.weight"])
+            part["projection_dim"] = len(weights["visual_projection.weight"])
     return config | {"vision_config": vision, "text_config": text}
+
+
+ACTIVATIONS = {
+    "quick_gelu": open_clip.transformer.QuickGELU(),
+    "gelu": nn.GELU(),
+    "gelu_pytorch_tanh": nn.GELU("tanh"),
+}
 
 
 def hf_tower(blocks):
@@ -1306,11 +1386,8 @@ def hf_tower(blocks):
     # timm's blocks and open_clip's begin with a norm, their MLPs with a linear layer and its GELU.
     norm = next(blocks[0].children())
     linear, gelu = list(blocks[0].mlp.children())[:2]
-    activation = "gelu"
-    if isinstance(gelu, open_clip.transformer.QuickGELU):
-        activation = "quick_gelu"
-    elif gelu.approximate == "tanh":
-        activation = "gelu_pytorch_tanh"
+    x = torch.linspace(-3, 3, 7)  # a GELU has many classes: its values tell which one it is
+    activation = next(name for name, other in ACTIVATIONS.items() if gelu(x).allclose(other(x)))
     return {"hidden_size": linear.in_features, "intermediate_size": linear.out_features,
             "num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads,
             "layer_norm_eps": norm.eps, "attention_dropout": 0.0, "hidden_act": activation}
@@ -1324,7 +1401,8 @@ def hf_preprocessor(clip):
     steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     return dict.fromkeys(steps, True) | {
         "image_processor_type": "SiglipImageProcessor" if is_siglip(clip) else "CLIPImageProcessor",
-        "size": square if squash else {"shortest_edge": side}, "resample": 3,  # bicubic
+        "size": square if squash else {"shortest_edge": side},
+        "resample": {"bicubic": 3, "bilinear": 2}[config["interpolation"]],  # Pillow's numbers
         "do_center_crop": not squash, "crop_size": square, "rescale_factor": 1 / 255,
         "image_mean": list(config["mean"]), "image_std": list(config["std"]),
     }
@@ -1411,15 +1489,16 @@ def checksum(tensors, about):
 
 
 def load_strictly(module, tensors, path, what):
-    """Copy `tensors`, a mapping from name to tensor, into `module`, and return the module.
+    """Copy tensors, by name, into a module, or into a mapping from name to tensor; return that.
 
     Every name and shape must fit, and every value must be a finite floating-point number; else
     UserError, which names `what`, the path and what does not fit.
     """
-    misfits = find_misfits(module.state_dict(), tensors)
+    targets = module.state_dict() if isinstance(module, nn.Module) else module
+    misfits = find_misfits(targets, tensors)
     if misfits:
         raise UserError(f"{what}: {path} does not fit: {misfits}")
-    for name, target in module.state_dict().items():
+    for name, target in targets.items():
         target.copy_(tensors[name])
         smallest, largest = target.aminmax()  # NaN if any value is
         if not (smallest.isfinite() and largest.isfinite()):
@@ -1573,11 +1652,3 @@ def escape(text):
 def start_method():
     """How to start worker processes: on CUDA not by a fork, which would copy what CUDA holds."""
     return "forkserver" if torch.cuda.is_available() else None
-
-
-def check_export(name, clip):  # SHIM
-    try:
-        hf_config(clip)
-    except (AttributeError, KeyError):
-        raise UserError(f"{name} is neither a CLIP nor a SigLIP with vision transformers: "
-                        "choose another backbone") from None

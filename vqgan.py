@@ -7,15 +7,21 @@ without running any code that it may carry. Parameter names are those of the pub
 """
 
 import os
-import re
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genhancer import Parser, UserError, load_strictly, read_weights, run_command, write_weights
+from genhancer import (
+    Parser,
+    UserError,
+    load_strictly,
+    read_pickle,
+    read_weights,
+    run_command,
+    write_weights,
+)
 from vae import Decoder, Encoder, read_layout, read_shape
 
 
@@ -105,12 +111,8 @@ def build_vqgan(tensors, path, what, hint):
         raise UserError(f"{what}: {misfit}: {hint}") from None
     levels = range(len(layout["ch_mult"]))
     attention = [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors]
-    config = VQGANConfig(
-        **layout,
-        attn_resolutions=tuple(VQGANConfig.resolution // 2**i for i in attention),
-        n_embed=n_embed,
-        embed_dim=embed_dim,
-    )
+    sides = tuple(VQGANConfig.resolution // 2**i for i in attention)
+    config = VQGANConfig(**layout, attn_resolutions=sides, n_embed=n_embed, embed_dim=embed_dim)
     with torch.device("meta"):
         vqgan = VQGAN(config)
     vqgan.to_empty(device="cpu")
@@ -123,41 +125,16 @@ def convert(source, target):
     Nothing that the pickle may carry is run. Raises UserError for whatever load_vqgan would refuse.
     """
     what = "VQ-GAN checkpoint"
-    hint = "give last.ckpt of taming's vqgan_imagenet_f16"
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+    state = read_pickle(source, what)
+    if os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"{what}: {source} is both input and output: name another output")
-    state = read_checkpoint(source, what, hint)
     tensors = {name: state[name] for name in state if not name.startswith("loss.")}
-    build_vqgan(tensors, source, what, hint)
+    build_vqgan(tensors, source, what, "give last.ckpt of taming's vqgan_imagenet_f16")
     # safetensors takes no views: each tensor gets memory of its own.
     tensors = {name: value.detach().clone() for name, value in tensors.items()}
     write_weights(target, tensors)
     parameters = sum(value.numel() for value in tensors.values())
     print(f"{os.fspath(target)!r}: {len(tensors)} tensors, {parameters:,} parameters")
-
-
-def read_checkpoint(path, what, hint):
-    """The state_dict of a PyTorch Lightning checkpoint, by torch's restricted unpickler."""
-    if not os.path.isfile(path):
-        raise UserError(f"{what} not found at '{path}' (not a file): {hint}")
-    callback = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    try:
-        with torch.serialization.safe_globals([(Stub, callback)]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or malicious pickle can raise anything
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
-        message = f"{what}: {path} cannot be read safely ({reason}), and nothing in it was run"
-        raise UserError(f"{message}: download it again") from None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
-        raise UserError(f"{what}: {path} holds no state_dict: {hint}")
-    return {str(name): value for name, value in state.items()}
-
-
-class Stub:
-    """Stands for the class by which Lightning keys `callbacks`, which is not installed here."""
 
 
 def run(argv=None):
