@@ -3451,9 +3451,10 @@ def train_stub(world, out, *more):
     return out / "stage1"
 
 
-def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("largest", [0.5, 1000])
+def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypatch, largest):
     """AdamW (Loshchilov and Hutter 2019, Algorithm 2), with the settings of App. B, by hand."""
-    gradients, weights, rates = [], [], []
+    gradients, used, weights, rates = [], [], [], []
     forward, step = Stub.forward, torch.optim.AdamW.step
 
     def watched_forward(self, images, other=None):
@@ -3466,6 +3467,7 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypat
 
     def watched_step(self, *more):
         group = self.param_groups[0]
+        used.append(torch.cat([p.grad.flatten() for p in group["params"]]))
         weights.append(torch.cat([p.detach().flatten() for p in group["params"]]))
         step(self, *more)
         weights.append(torch.cat([p.detach().flatten() for p in group["params"]]))
@@ -3473,14 +3475,15 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypat
 
     monkeypatch.setattr(Stub, "forward", watched_forward)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
-    more = ("--clip-grad", 0.5, "--lr", 0.1, "--warmup", 4, "--weight-decay", 0.2)
+    more = ("--clip-grad", largest, "--lr", 0.1, "--warmup", 4, "--weight-decay", 0.2)
     train_stub(world, tmp_path, *more)
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
     m = v = 0
     for i, lr in enumerate(rates):
         g = (gradients[2 * i] + gradients[2 * i + 1]) / 2
-        assert g.norm() > 0.5
-        g = 0.5 * g / g.norm()
+        assert 0.5 < g.norm() < 1000
+        g = g * min(1, largest / g.norm())
+        assert_close(used[i], g, 1e-5)
         m = 0.9 * m + 0.1 * g
         v = 0.999 * v + 0.001 * g**2
         update = (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
