@@ -5134,6 +5134,10 @@ def test_curves_are_compared_over_the_retentions_that_all_reach():
         curves["rf", clip] = [point(100, 50), point(99, 53), point(96, 53)]
     x = ablate.compare(curves, ablate.ARMS["s = 5"], ablate.EQUAL)
     assert x.mean == pytest.approx(((4 + 6) / 2) - 3, abs=1e-6)  # from .99 to .975
+    for clip in "012":  # the other way round
+        curves["s = 5", clip], curves["rf", clip] = curves["rf", clip], curves["s = 5", clip]
+    x = ablate.compare(curves, ablate.ARMS["s = 5"], ablate.EQUAL)
+    assert x.mean == pytest.approx(3 - (4 + 6) / 2, abs=1e-6)
     for clip in "012":
         curves["s = 5", clip] = [point(100, 50), point(98.5, 56)]
     assert ablate.compare(curves, ablate.ARMS["s = 5"], ablate.EQUAL) is None
