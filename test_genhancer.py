@@ -5209,6 +5209,25 @@ def test_the_report_needs_nothing_but_the_csv(tmp_path, capsys):
     assert (alone / "ablation.svg").read_text() == picture
 
 
+def cells(line):
+    """The cells of a table's line, sorted: the README has P at another place."""
+    return sorted(cell.strip() for cell in line.split("|"))
+
+
+def test_the_committed_grid_gives_the_readmes_verdicts_and_the_committed_figure(tmp_path, capsys):
+    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
+    ablate.main(["--report", str(tmp_path / "ablation.csv")])
+    claims, end = capsys.readouterr().out.split("\n\n")[-3:-1]
+    assert "15 of 22 claims are decided" in end
+    assert "By chance 0.9 intervals" in end
+    with open(os.path.join(ablate.HERE, "README.md")) as file:
+        readme = [cells(line) for line in file]
+    for line in claims.strip().splitlines()[2:]:
+        assert cells(line) in readme, line
+    with open(os.path.join(ablate.HERE, "ablation.svg")) as file:
+        assert (tmp_path / "ablation.svg").read_text() == file.read()
+
+
 def test_the_report_bears_a_grid_of_one_clip_and_one_arm(tmp_path, capsys):
     curves = {key: curve for key, curve in made_up_curves().items() if key == ("rf", "0")}
     ablate.write_csv(tmp_path / "ablation.csv", write_cells(tmp_path, curves))
