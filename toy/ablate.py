@@ -27,21 +27,19 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
 from eval_mmvp import ImageFiles, check_zeroshot, encode_texts, read_benchmark
 from genhancer import Parser, UserError, load_clip, run_command, write_json, write_text
-from toy.make_toy import PATTERNS, VALUES, draw_part, write_benchmark, write_classes
+from toy.make_toy import PATTERNS, write_benchmark, write_classes
 
 # ---- The design ----------------------------------------------------------------------------------
 
 FEW = ("0", "1", "2")  # CLIPs, by the seed of make_toy.py clip, which is the stages' seed too
 MANY = ("0", "1", "2", "3", "4", "5")
-PAIR_SEED, IMAGE_SEED, PROBE_SEED = 201, 202, 203  # of the test; nothing else draws from them
+PAIR_SEED, IMAGE_SEED = 201, 202  # of the test; nothing else draws from them
 
 # An outcome is a measure and where it is compared: at equal retention, or at the end of stage 2.
 EQUAL, AFTER = "pairs at equal retention", "pairs at the end"
@@ -147,18 +145,17 @@ def run_grid(out, plan, jobs):
     """
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every CLIP that is scored
-    phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: the command for it}
-    cells = {}  # the cell's file: the arm's name, the CLIP, and {step: exported CLIP}
+    phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: (command, its log)}
+    cells = {}  # {file: what score_cell takes}
     for name in plan["arms"]:
         for clip in ARMS[name].clips:
             if clip in plan["clips"]:
                 add_cell(out, plan, ARMS[name], clip, phases, cells)
     call(["toy/make_toy.py"], f"{out}/world.log")
     for what, commands in phases.items():
-        run_all(what, make, list(commands.items()), jobs)
-    left = [(path, *cell) for path, cell in cells.items() if not os.path.exists(path)]
-    if left:
-        run_all("scores", partial(score_cell, load_test(out, plan)), left, jobs)
+        run_missing(what, call, commands, jobs)
+    if not all(map(os.path.exists, cells)):
+        run_missing("scores", partial(score_cell, load_test(out, plan)), cells, jobs)
     write_csv(f"{out}/ablation.csv", sorted(glob.glob(f"{glob.escape(out)}/clip-*/*.json")))
 
 
@@ -168,7 +165,8 @@ def add_cell(out, plan, arm, clip, phases, cells):
     weights = f"{HERE if clip == '0' else home}/clip.safetensors"  # 0 is the committed CLIP
     seed = "0" if clip == "full" else clip
     command = ["toy/make_toy.py", "clip", "--seed", seed, "--out", home]
-    phases["CLIPs"][weights] = command + (["--regime", "full"] if clip == "full" else [])
+    command += ["--regime", "full"] if clip == "full" else []
+    phases["CLIPs"][weights] = command, f"{home}.log"
     common = ["train.py", "--preset", "toy", "--seed", seed, "--clip-weights", weights, "--out"]
 
     init = []
@@ -178,37 +176,36 @@ def add_cell(out, plan, arm, clip, phases, cells):
         init = ["--init", start]
         # Of a flag that comes twice, train.py takes the last.
         flags = f"--stage 1 --steps {plan['stage 1']} {arm.start.flags} {arm.start.stage1}"
-        phases["stage 1"][start] = [*common, folder, *flags.split()]
+        phases["stage 1"][start] = [*common, folder, *flags.split()], f"{folder}.log"
 
     folder = f"{home}/{arm.name}"
     steps = plan["stage 2"]
     flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {math.gcd(*steps)}"
     flags += f" --lr-clip {arm.rate} {arm.flags} {arm.stage2}"
     result = f"{folder}/clip.safetensors"
-    phases["stage 2"][result] = [*common, folder, *flags.split(), *init]
+    phases["stage 2"][result] = [*common, folder, *flags.split(), *init], f"{folder}.log"
     exported = {step: f"{folder}/clip-{step:06}.safetensors" for step in steps[:-1]}
     exported[steps[-1]] = result
-    cells[f"{home}/original.json"] = "original", clip, {0: weights}
-    cells[f"{folder}.json"] = arm.name, clip, exported
+    for name, clips in (("original", {0: weights}), (arm.name, exported)):
+        path = f"{home}/{name}.json"
+        cells[path] = path, name, clip, clips
 
 
-def run_all(what, function, tasks, jobs):
-    """Call function(task) for all tasks, `jobs` at a time. After an error no further one begins."""
+def run_missing(what, function, tasks, jobs):
+    """Call function(*task) for each file in {file: task} that is missing, `jobs` at a time.
+
+    train.py goes on with a killed run. After an error no further one begins.
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(function, task) for task in tasks]
+        runs = []
+        for path, task in tasks.items():
+            if not os.path.exists(path):
+                runs.append(pool.submit(function, *task))
         try:
             for run in tqdm(as_completed(runs), what, len(runs)):
                 run.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def make(task):
-    """Make a file by its command, unless it is there; train.py goes on with a killed run."""
-    path, words = task
-    if not os.path.exists(path):
-        folder = words[words.index("--out") + 1]
-        call(words, f"{folder}.log")
 
 
 def call(words, log):
@@ -243,22 +240,18 @@ def load_test(out, plan):
     pairs = read_benchmark(f"{folder}/mmvp")
     files = ImageFiles([file for pair in pairs for file in pair["images"]], preprocess)
     classes, names, _ = check_zeroshot("folder", f"{folder}/zeroshot", preprocess)
-    pixels, scenes = zip(*draw_part(PROBE_SEED, range(3000)), strict=True)
     return {
-        "attributes": np.array([PATTERNS[pair["type"]][0] for pair in pairs]),
+        "patterns": np.array([pair["type"] for pair in pairs]),
         "statements": ["a photo of " + text for pair in pairs for text in pair["statements"]],
         "pairs": torch.stack([image for image, _ in tqdm(files, "reading pairs")]),
         "names": [f"a photo of a {name}." for name in names],
         "labels": torch.tensor(classes.targets),
         "images": torch.stack([image for image, _ in tqdm(classes, "reading images")]),
-        "scenes": scenes,
-        "probe": torch.stack([preprocess(Image.fromarray(image)) for image in pixels]),
     }
 
 
-def score_cell(test, task):
-    """Score the CLIPs of a cell, and write its file: a list of points."""
-    path, arm, clip, files = task
+def score_cell(test, path, arm, clip, files):
+    """Score the CLIPs of a cell, {step: file}, and write its file `path`: a list of points."""
     about = {"arm": arm, "clip": clip}
     if arm != "original":
         stage = "e2e" if ARMS[arm].stage == "e2e" else "stage2"
@@ -278,7 +271,7 @@ def score_cell(test, task):
 
 @torch.no_grad()
 def score(test, weights):
-    """What eval_mmvp.py's evaluate says of a CLIP, in half the time, and more.
+    """What eval_mmvp.py's evaluate says of a CLIP, in half the time, and the margin.
 
     "margin": the logit by which the right image leads, for a pair's worse statement, within +-4.
     """
@@ -295,39 +288,19 @@ def score(test, weights):
     logits = clip.logit_scale.exp() * texts @ images.mT       # (pairs, 2 statements, 2 images)
     lead = logits[:, :, 0] - logits[:, :, 1]                  # of the first image
     margins = torch.minimum(lead[:, 0], -lead[:, 1]).numpy()  # (pairs,)
-    point = {"margin": float(margins.clip(-4, 4).mean())}
-    for attribute in VALUES:
-        right = margins[test["attributes"] == attribute] > 0
-        point[attribute] = 100 * float(right.mean())
-    point["pairs"] = sum(point[attribute] for attribute in VALUES) / len(VALUES)
+    right = [(margins[test["patterns"] == pattern] > 0).mean() for pattern in PATTERNS]
 
     names = encode_texts(clip, tokenizer, test["names"], 64)
     chosen = (encode(test["images"]) @ names.T).argmax(dim=1)
-    right = chosen == test["labels"]
-    point["zeroshot"] = 100 * float(right.double().mean())
-    return point | probe(encode(test["probe"]), test["scenes"])
+    hits = chosen == test["labels"]
+    return {
+        "pairs": 100 * float(np.mean(right)),  # of the patterns, each counts as much
+        "zeroshot": 100 * float(hits.double().mean()),
+        "margin": float(margins.clip(-4, 4).mean()),
+    }
 
 
-def probe(features, scenes, fitted=2000, ridge=0.01):
-    """What % of attributes ridge regression reads off features (N, D), fitted to the first ones."""
-    x = features.double()
-    x = x - x[:fitted].mean(dim=0)
-    x = F.pad(x, (0, 1), value=1)  # (N, D + 1)
-    square = x[:fitted].T @ x[:fitted]
-    square += ridge * torch.eye(len(square))
-    point = {}
-    for attribute, values in VALUES.items():
-        labels = torch.tensor([values.index(scene[attribute]) for scene in scenes])
-        target = F.one_hot(labels[:fitted]).double()
-        weights = torch.linalg.solve(square, x[:fitted].T @ target)
-        chosen = (x[fitted:] @ weights).argmax(dim=1)
-        right = chosen == labels[fitted:]
-        point[f"probe {attribute}"] = 100 * float(right.double().mean())
-    return point
-
-
-NUMBERS = ["heldout", "step", "pairs", "zeroshot", "margin", *VALUES]
-NUMBERS += [f"probe {attribute}" for attribute in VALUES]
+NUMBERS = ("heldout", "step", "pairs", "zeroshot", "margin")
 
 
 def write_csv(path, cells):
@@ -348,18 +321,10 @@ def read_csv(path):
         raise UserError(f"{path} not found: run the grid, or name its ablation.csv")
     curves = {}
     with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if not set(NUMBERS) <= set(reader.fieldnames or ()):
-            raise UserError(f"{path} is not of this grid (the first one's had other columns): run "
-                            "the grid, or name its ablation.csv")
-        for row in reader:
+        for row in csv.DictReader(file):
             for name in NUMBERS:
                 row[name] = float(row[name] or "nan")
             curves.setdefault((row["arm"], row["clip"]), []).append(row)
-    for name, clip in curves:
-        if name not in ("original", *ARMS) or ("original", clip) not in curves:
-            raise UserError(f"{path}: {name} on CLIP {clip} is no arm of this grid, or has no "
-                            "original to start from: run the grid again")
     return {
         (name, clip): curves["original", clip] + points
         for (name, clip), points in curves.items() if name != "original"}
@@ -532,7 +497,6 @@ def report(path):
     curves = read_csv(path)
     print_gains(curves)
     print_claims(curves)
-    print_attributes(curves)
     picture = f"{os.path.splitext(path)[0]}.svg"
     draw(curves, picture)
     print(f"\nThe figure is {picture}")
@@ -597,22 +561,6 @@ def print_claims(curves):
     print(f"\n{decided} of {len(p)} claims are decided, by what is in bold type; those with * "
           f"survive Holm's correction. By chance {chance:.1f} intervals miss the truth.\n"
           "Those with † were looked at twice: their intervals are of 97.5 %, the others of 95.")
-
-
-def print_attributes(curves):
-    """Pairs, and a linear probe on [CLS], by attribute: before and after, means over CLIPs."""
-    for name in ("rf", "all captions"):
-        own = find(curves, name)
-        if not own:
-            continue
-        rows = []
-        for attribute in VALUES:
-            row = [attribute]
-            for measure in (attribute, f"probe {attribute}"):
-                for end in (0, -1):
-                    row.append(f"{np.mean([curve[end][measure] for curve in own]):.1f}")
-            rows.append(row)
-        print_table([name, "pairs before", "after", "probe before", "after"], rows)
 
 
 COLOURS = {  # in the figure, on its own white page

@@ -39,21 +39,11 @@ from genhancer import Parser, UserError, check_writable, run_command, write_weig
 from vae import AutoEncoder, AutoEncoderConfig
 from vqgan import VQGAN, VQGANConfig
 
-# -------------------------------------------------------------------------------------------
-# What an image shows
-# -------------------------------------------------------------------------------------------
+# ---- What an image shows -------------------------------------------------------------------------
 
 CATEGORIES = (
-    "circle",
-    "square",
-    "triangle",
-    "diamond",
-    "star",
-    "cross",
-    "heart",
-    "hexagon",
-    "moon",
-    "house",
+    *("circle", "square", "triangle", "diamond", "star"),
+    *("cross", "heart", "hexagon", "moon", "house"),
 )
 COLOURS = {
     "red": (215, 40, 40),
@@ -107,9 +97,7 @@ def describe(category, *attributes):
     return f"{article} {words}"
 
 
-# -------------------------------------------------------------------------------------------
-# Drawing one image
-# -------------------------------------------------------------------------------------------
+# ---- Drawing one image ---------------------------------------------------------------------------
 
 SIZE = 40  # pixels a side
 ZOOM = 4  # an image is drawn at SIZE * ZOOM, then each ZOOM x ZOOM box is averaged
@@ -226,24 +214,19 @@ def shade(colour, rng):
     return tuple(min(max(c + shift, 0), 255) for c, shift in zip(colour, shifts, strict=True))
 
 
-def disc(x, y, radius):
-    """The box about a disc, as Pillow wants it."""
-    return (x - radius, y - radius, x + radius, y + radius)
-
-
 def draw_sun(pen, rng):
     x, y = jitter(34, 6, rng)
     gold = shade(GOLD, rng)
     for dx, dy in RAYS:
         pen.line((x, y, x + 20 * dx, y + 20 * dy), gold, 5)
-    pen.ellipse(disc(x, y, 13), gold)
+    pen.circle((x, y), 13, gold)
 
 
 def draw_letter(pen, letter, rng):
     x, y = jitter(6, 6, rng)
     ink = shade(INK, rng)
     if letter == "O":
-        pen.ellipse(disc(x, y, 16), None, ink, 7)
+        pen.circle((x, y), 16, None, ink, 7)
         return
     for x0, y0, x1, y1 in STROKES[letter]:
         pen.line((x + 14 * x0, y + 14 * y0, x + 14 * x1, y + 14 * y1), ink, 7)
@@ -290,9 +273,7 @@ def draw_shape(image, pen, scene, rng):
     pen.polygon([tip, (x + 10 * dy, y + 10 * dx), (x - 10 * dy, y - 10 * dx)], ink)
 
 
-# -------------------------------------------------------------------------------------------
-# The world: its parts, and how they are written
-# -------------------------------------------------------------------------------------------
+# ---- The world: its parts, and how they are written ----------------------------------------------
 
 # The first word of every random seed: no two parts of the world share an image. Part 4 was the
 # test benchmark of an earlier recipe, and is not drawn again.
@@ -345,9 +326,8 @@ def draw_world(folder, train=N_TRAIN, held_out=N_HELD_OUT, pairs=100, images=200
 
 def check_world(folder):
     for part in FOLDERS:
-        if not os.path.isdir(os.path.join(folder, part)):
-            advice = "move it away, so that the world can be drawn there"
-            raise UserError(f"{folder} is there but has no {part}/: {advice}")
+        if not os.path.isdir(f"{folder}/{part}"):
+            raise UserError(f"{folder} is there but has no {part}/: move it away, then run again")
 
 
 def in_parallel(function, jobs):
@@ -459,9 +439,7 @@ def write_classes(folder, seed, images=2000):
         yield
 
 
-# -------------------------------------------------------------------------------------------
-# What the three trainings share
-# -------------------------------------------------------------------------------------------
+# ---- What the three trainings share --------------------------------------------------------------
 
 
 def tensor_part(part, indices, what):
@@ -519,9 +497,7 @@ def save(module, path, metadata=None):
     print(f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB")
 
 
-# -------------------------------------------------------------------------------------------
-# CLIP
-# -------------------------------------------------------------------------------------------
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 
 def train_clip(path, steps, regime):
@@ -573,9 +549,7 @@ def caption(scene, chance, rng):
     return f"a photo of {words}{end}"
 
 
-# -------------------------------------------------------------------------------------------
-# The two autoencoders
-# -------------------------------------------------------------------------------------------
+# ---- The two autoencoders ------------------------------------------------------------------------
 
 
 def train_vae(path, steps):
@@ -684,9 +658,7 @@ def psnr(images, autoencoder):
     return -10 * math.log10(torch.stack(errors).mean())
 
 
-# -------------------------------------------------------------------------------------------
-# The command
-# -------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 STEPS = {"clip": 1500, "vae": 2000, "vqgan": 1500}
 
@@ -698,23 +670,16 @@ def parse_args(argv):
     )
     parser.add_argument("what", nargs="?", default="world", choices=("world", *STEPS))
     parser.add_argument("--out", help="folder of the world (toy/data) or of the weights (toy)")
-    parser.add_argument("--seed", type=int, help="of a training (0); the world's is fixed")
+    parser.add_argument("--seed", type=int, default=0, help="of a training (0), not of the world")
     parser.add_argument("--steps", type=int, help="of a training")
-    parser.add_argument(
-        "--regime",
-        choices=("weak", "full"),
-        help="clip: attributes in 1,500 captions (weak, the default) or in all 24,000",
-    )
+    help = "of clip: attributes in 1,500 captions (weak, the default) or in all 24,000"
+    parser.add_argument("--regime", choices=("weak", "full"), default="weak", help=help)
     args = parser.parse_args(argv)
     if args.out == "":
         parser.error("--out is empty: name a folder")
-    if args.what == "world" and (args.seed, args.steps) != (None, None):
-        parser.error("--seed and --steps are of a training: the world is always the same")
-    if args.what != "clip" and args.regime is not None:
-        parser.error("--regime is for clip")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps {args.steps} is out of range: at least 1")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
+    if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} is out of range: 0 or more")
     return args
 
@@ -724,12 +689,12 @@ def run(argv):
     if args.what == "world":
         draw_world(args.out or os.path.join(HERE, "data"))
         return
-    torch.manual_seed(args.seed or 0)
+    torch.manual_seed(args.seed)
     steps = args.steps or STEPS[args.what]
     path = os.path.join(args.out or HERE, f"{args.what}.safetensors")
     check_writable(path)
     if args.what == "clip":
-        train_clip(path, steps, args.regime or "weak")
+        train_clip(path, steps, args.regime)
     elif args.what == "vae":
         train_vae(path, steps)
     else:
