@@ -3355,6 +3355,18 @@ def test_a_heldout_loss_is_the_mean_over_all_heldout_images():
     assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
 
 
+def test_heldout_losses_are_of_a_model_that_is_not_training(world, tmp_path, monkeypatch):
+    forward, modes = Stub.forward, set()
+
+    def watched(self, *images):
+        modes.add((torch.is_grad_enabled(), self.training))
+        return forward(self, *images)
+
+    monkeypatch.setattr(Stub, "forward", watched)
+    train_stub(world, tmp_path, "--val", world / "data")
+    assert modes == {(True, True), (False, False)}
+
+
 @pytest.mark.parametrize("stage, step, due", [
     (1, 2, set()),
     (1, 3, {"row"}),
@@ -3612,28 +3624,27 @@ def test_the_newest_two_checkpoints_are_kept(stub_run):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(world, stub_run, tmp_path, monkeypatch):
-    """Each write waits for the step after it; what is written is of the step before."""
-    write, add = train.write_weights, train.Log.add
+    """Each write waits for the step after its own, and is of its own all the same."""
+    write, save, find_due = train.write_weights, train.Checkpoints.save, train.find_due
     went_on = threading.Event()
 
     def late_write(path, *more):
-        if "step-00000006" not in path and "last" not in path and "index" not in path:
+        if path.endswith(("step-00000002.safetensors", "step-00000004.safetensors")):
             assert went_on.wait(30)
         write(path, *more)
 
-    def noted_add(self, *more):
-        add(self, *more)
-        went_on.set()
-
-    def cleared_save(self, step):
-        self.finish()
+    def save_anew(self, step):
         went_on.clear()
         save(self, step)
 
-    save = train.Checkpoints.save
+    def after_a_step(s, step, total):
+        if step % 2:
+            went_on.set()
+        return find_due(s, step, total)
+
     monkeypatch.setattr(train, "write_weights", late_write)
-    monkeypatch.setattr(train.Log, "add", noted_add)
-    monkeypatch.setattr(train.Checkpoints, "save", cleared_save)
+    monkeypatch.setattr(train.Checkpoints, "save", save_anew)
+    monkeypatch.setattr(train, "find_due", after_a_step)
     train_stub(world, tmp_path)
     assert_same_run(stub_run, tmp_path, "stage1")
 

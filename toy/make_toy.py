@@ -41,10 +41,7 @@ from vqgan import VQGAN, VQGANConfig
 
 # ---- What an image shows -------------------------------------------------------------------------
 
-CATEGORIES = (
-    *("circle", "square", "triangle", "diamond", "star"),
-    *("cross", "heart", "hexagon", "moon", "house"),
-)
+CATEGORIES = "circle square triangle diamond star cross heart hexagon moon house".split()
 COLOURS = {
     "red": (215, 40, 40),
     "orange": (240, 130, 25),
