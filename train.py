@@ -116,14 +116,27 @@ def make_parser():
     is silent, the official code's; OVERRIDES says where others hold."""
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run(adder(parser, "what is run, on what"))
+    add_training(adder(parser, "how it is trained"))
+    add_method(adder(parser, "the method and its ablations"))
+    return parser
+
+
+def adder(parser, title):
+    """A function that adds an option to a group of this title; its help shows the default."""
+    group = parser.add_argument_group(title)
 
     def add(flag, default, help, **form):
         shown = "" if default in (None, False, []) else " (default: %(default)s)"
-        parser.add_argument(f"--{flag}", default=default, help=help + shown, **form)
+        group.add_argument(f"--{flag}", default=default, help=help + shown, **form)
 
-    def switch(flag, help):
-        add(flag, False, help, action="store_true")
+    return add
 
+
+SWITCH = dict(default=False, action="store_true")
+
+
+def add_run(add):
     add("preset", "paper", "which set of defaults", choices=["paper", "toy", "bench"])
     add("stage", None, "all: 1, 2, and the benchmark (default: all; bench: 1)",
         choices=["1", "2", "e2e", "all"])
@@ -143,6 +156,8 @@ def make_parser():
     add("init", None, "stage 1, e2e: a denoiser with FLUX's names (Table 7); stage 2: another "
         "run's stage1/last.safetensors", type=nonempty)
 
+
+def add_training(add):
     add("epochs", None, "passes over the data (default: 1; e2e: 2)", type=RATE)
     add("steps", None, "optimizer steps of a stage; wins over --epochs", type=COUNT)
     add("batch-size", 16, "images in a micro-batch of one process", type=SIZE)
@@ -157,14 +172,16 @@ def make_parser():
 
     add("precision", None, "autocast's (default: bf16 where it is fast)", choices=["bf16", "fp32"])
     add("workers", 8, "data loading processes of each rank", type=number(int, 0, 1024))
-    switch("compile", "torch.compile the networks (other dropout draws)")
-    switch("shard", "FSDP2: weights, gradients and optimizer over the ranks")
-    switch("grad-checkpoint", "recompute the blocks in the backward pass")
+    add("compile", help="torch.compile the networks (other dropout draws)", **SWITCH)
+    add("shard", help="FSDP2: weights, gradients and optimizer over the ranks", **SWITCH)
+    add("grad-checkpoint", help="recompute the blocks in the backward pass", **SWITCH)
     add("save-every", 1000, "steps between checkpoints", type=COUNT)
     add("sample-every", 1000, "steps between pictures and held-out losses", type=COUNT)
     add("export-every", None, "stage 2, e2e: steps between whole CLIPs, clip-STEP", type=COUNT)
     add("log-every", 50, "steps between rows of log.csv", type=COUNT)
 
+
+def add_method(add):
     add("width", None, "the denoiser's (default: 3072; perceiver: 1024)", type=SIZE)
     add("condition", [768, 4096], "rf: widths of the projected [CLS], to modulate and as context "
         "token", type=SIZE, nargs=2, metavar=("VEC", "CONTEXT"))
@@ -177,10 +194,9 @@ def make_parser():
         type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"))
     add("local-ratio", 0.0, "share of local tokens in the condition (Fig. 5)",
         type=number(float, 0, 1))
-    switch("no-lora", "train the whole visual tower (Fig. 8)")
-    switch("freeze-denoiser", "stage 2: train LoRA alone (Fig. 9)")
-    switch("shuffle-target", "a control: reconstruct from another image's [CLS]")
-    return parser
+    add("no-lora", help="train the whole visual tower (Fig. 8)", **SWITCH)
+    add("freeze-denoiser", help="stage 2: train LoRA alone (Fig. 9)", **SWITCH)
+    add("shuffle-target", help="a control: reconstruct from another image's [CLS]", **SWITCH)
 
 
 STAGES = {"1": [1], "2": [2], "e2e": ["e2e"], "all": [1, 2]}

@@ -41,7 +41,10 @@ from vqgan import VQGAN, VQGANConfig
 
 # ---- What an image shows -------------------------------------------------------------------------
 
-CATEGORIES = "circle square triangle diamond star cross heart hexagon moon house".split()
+CATEGORIES = [
+    "circle", "square", "triangle", "diamond", "star",
+    "cross", "heart", "hexagon", "moon", "house",
+]
 COLOURS = {
     "red": (215, 40, 40),
     "orange": (240, 130, 25),
