@@ -2853,72 +2853,42 @@ def spoil(path, start, content):
         file.write(content)
 
 
-def bad_checksum(shard):
-    spoil(shard, members(shard)[9].offset + 148, b"0000000")
-
-
-def zero_block(shard):
-    spoil(shard, members(shard)[9].offset, bytes(512))
-
-
-def zero_blocks(shard):
-    spoil(shard, members(shard)[9].offset, bytes(2048))
-
-
-def rubbish(shard):
-    spoil(shard, members(shard)[9].offset, 128 * b"junk")
-
-
-def two_tars(shard):
-    shard.write_bytes(2 * shard.read_bytes())
-
-
-def sparse(shard):
+def sparse_member():
     header = tarfile.TarInfo("big.jpg")
     header.type = tarfile.GNUTYPE_SPARSE
-    shard.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + shard.read_bytes())
+    return header.tobuf(tarfile.GNU_FORMAT)
 
 
-def compressed(shard):
-    shard.write_bytes(gzip.compress(shard.read_bytes()))
+SHARD_DAMAGE = {
+    "bad checksum": lambda shard: spoil(shard, members(shard)[9].offset + 148, b"0000000"),
+    "zero block": lambda shard: spoil(shard, members(shard)[9].offset, bytes(512)),
+    "zero blocks": lambda shard: spoil(shard, members(shard)[9].offset, bytes(2048)),
+    "rubbish": lambda shard: spoil(shard, members(shard)[9].offset, 128 * b"junk"),
+    "two tars": lambda shard: shard.write_bytes(2 * shard.read_bytes()),
+    "sparse": lambda shard: shard.write_bytes(sparse_member() + shard.read_bytes()),
+    "compressed": lambda shard: shard.write_bytes(gzip.compress(shard.read_bytes())),
+    "no tar": lambda shard: shard.write_text("<html>404</html>"),
+}
+CUTS = [(0, 0), (0, 100), (9, 0), (9, 512), (9, 600), (17, 513), (17, 1024)]  # a member, and bytes
 
 
-def no_tar(shard):
-    shard.write_text("<html>404</html>")
-
-
-def cut(member, more):
-    def cut_short(shard):
-        os.truncate(shard, members(shard)[member].offset + more)
-
-    return cut_short
-
-
-CUTS = [cut(0, 0), cut(0, 100), cut(9, 0), cut(9, 512), cut(9, 600), cut(17, 513), cut(17, 1024)]
-
-
-@pytest.mark.parametrize("damage", [bad_checksum, zero_block, zero_blocks, rubbish, two_tars,
-                                    sparse, compressed, no_tar, *CUTS])
+@pytest.mark.parametrize("damage", [*SHARD_DAMAGE, *CUTS])
 def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path, damage):
-    damage(shard)
+    if damage in CUTS:
+        member, more = damage
+        os.truncate(shard, members(shard)[member].offset + more)
+    else:
+        SHARD_DAMAGE[damage](shard)
     with pytest.raises(UserError) as error:
         open_images([shard], tmp_path)
     assert_one_line(error, shard, "fetch it again")
     assert not (tmp_path / "index.safetensors").exists()
 
 
-def touch(path):
-    os.utime(path, ns=(1, 1))
-
-
-def shorten(path):
-    os.truncate(path, 2000)
-
-
 @pytest.mark.parametrize("change, says", [
-    (touch, "not what it was when the run began"),
-    (shorten, "not what it was when the run began"),
-    (zero_block, "not what it was when the run began"),
+    (lambda shard: os.utime(shard, ns=(1, 1)), "not what it was when the run began"),
+    (lambda shard: os.truncate(shard, 2000), "not what it was when the run began"),
+    (SHARD_DAMAGE["zero block"], "not what it was when the run began"),
     (os.remove, "can no longer be read (No such file"),
 ])
 def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, change, says):
@@ -3654,45 +3624,33 @@ def flip_a_bit(path):
     spoil(path, len(content) // 2, bytes([content[len(content) // 2] ^ 1]))
 
 
-def zero_the_second_half(path):
-    size = path.stat().st_size
-    spoil(path, size // 2, bytes(size - size // 2))
-
-
-def zero_all(path):
-    spoil(path, 0, bytes(path.stat().st_size))
-
-
-def cut_the_end(path):
-    os.truncate(path, path.stat().st_size - 3)
-
-
-def empty(path):
-    os.truncate(path, 0)
-
-
 def rename_a_key(path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"denoiser", b"denoises", 1).replace(b"step", b"stop", 1))
-
-
-def break_the_seal(path):
-    save_file(load_file(path), path)
-
-
-def replace_by_a_list(path):
-    path.write_text("[]")
 
 
 def replace_by_an_older_one(path):
     shutil.copy(path.with_name("step-00000004.safetensors"), path)
 
 
+DAMAGE = {
+    "a bit": flip_a_bit,
+    "second half": lambda path: spoil(path, path.stat().st_size // 2, bytes(path.stat().st_size)),
+    "zeros": lambda path: spoil(path, 0, bytes(path.stat().st_size)),
+    "end": lambda path: os.truncate(path, path.stat().st_size - 3),
+    "empty": lambda path: os.truncate(path, 0),
+    "key": rename_a_key,
+    "no seal": lambda path: save_file(load_file(path), path),
+    "list": lambda path: path.write_text("[]"),
+    "older": replace_by_an_older_one,
+    "gone": os.remove,
+}
+
+
 @pytest.mark.parametrize("damage", [
-    flip_a_bit, zero_the_second_half, cut_the_end, empty, rename_a_key, break_the_seal,
-    replace_by_a_list, replace_by_an_older_one])
+    "a bit", "second half", "end", "empty", "key", "no seal", "list", "older"])
 def test_a_damaged_checkpoint_is_passed_over(world, stub_run, stopped, capsys, damage):
-    damage(stopped / "stage1" / "step-00000006.safetensors")
+    DAMAGE[damage](stopped / "stage1" / "step-00000006.safetensors")
     train_stub(world, stopped)
     said = capsys.readouterr().out.splitlines()
     passed_over = [line for line in said if "passed over" in line]
@@ -3713,7 +3671,7 @@ def test_a_checkpoint_outlives_damaged_newer_ones(world, stopped):
 
 def test_without_a_whole_checkpoint_a_run_begins_anew(world, stub_run, stopped, capsys):
     for path in (stopped / "stage1").glob("step-*"):
-        empty(path)
+        os.truncate(path, 0)
     train_stub(world, stopped)
     said = capsys.readouterr().out
     assert said.count("passed over") == 2
@@ -3721,10 +3679,10 @@ def test_without_a_whole_checkpoint_a_run_begins_anew(world, stub_run, stopped, 
     assert_same_run(stub_run, stopped, "stage1")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_the_end, empty, os.remove])
+@pytest.mark.parametrize("damage", ["a bit", "end", "empty", "gone"])
 def test_a_damaged_result_is_not_finished(world, stub_run, tmp_path, capsys, damage):
     shutil.copytree(stub_run, tmp_path / "run")
-    damage(tmp_path / "run" / "stage1" / "last.safetensors")
+    DAMAGE[damage](tmp_path / "run" / "stage1" / "last.safetensors")
     train_stub(world, tmp_path / "run")
     assert "resumed from" in capsys.readouterr().out
     assert_same_run(stub_run, tmp_path / "run", "stage1")
@@ -3749,11 +3707,11 @@ def one_line(said):
 
 
 @pytest.mark.parametrize("name, damage", [
-    *[("settings.json", damage) for damage in (zero_all, empty, cut_the_end, replace_by_a_list)],
-    *[("log.csv", damage) for damage in (zero_all, empty, zero_the_second_half, replace_by_a_list)],
+    *[("settings.json", damage) for damage in ("zeros", "empty", "end", "list")],
+    *[("log.csv", damage) for damage in ("zeros", "empty", "second half", "list")],
 ])
 def test_an_unreadable_file_of_a_run_is_one_line(world, stopped, capsys, name, damage):
-    damage(stopped / "stage1" / name)
+    DAMAGE[damage](stopped / "stage1" / name)
     assert f"{name} cannot be read" in refusal(capsys, train_stub, world, stopped)
 
 
