@@ -322,6 +322,8 @@ def run(argv):
             draw_world(os.path.join(TOY, "data"))
         if compares:
             check_comparison(first)
+        if LAUNCHED:
+            load_pretrained(first)  # one rank of a node downloads, and says what is wrong
     device = start_processes()
     try:
         for s in settings:
