@@ -63,6 +63,8 @@ import vqgan as vqgan_file
 from genhancer import UserError, load_clip
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 
+torch.set_num_threads(1)  # a fork of a process whose threads have computed can hang
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # of the tests that ask for a device
 HERE = os.path.dirname(os.path.abspath(gh.__file__))
 GOLDEN = os.path.join(HERE, "toy", "golden")
