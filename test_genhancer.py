@@ -359,9 +359,20 @@ def test_full_size_layouts_are_the_published_ones(name):
 # ------------------------------------------------------------------ the autoencoders' files
 
 LOAD = {"vae": load_vae, "vqgan": vqgan_file.load_vqgan}
-both_autoencoders = pytest.mark.parametrize("name", LOAD)
 CONV_IN, BIAS, Q = "encoder.conv_in.weight", "encoder.conv_in.bias", "decoder.mid.attn_1.q.weight"
 CODES, BLOCK = "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"
+
+
+def refused(load, path, *words):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert_one_line(error, path, *words)
+
+
+def save_changed(tensors, changes, path):
+    """Save tensors with some changed, or left out where the change is None."""
+    tensors = tensors | changes
+    save_file({name: tensors[name] for name in tensors if tensors[name] is not None}, path)
 
 
 def test_the_vae_reads_its_configuration_off_the_file(world, tmp_path):
@@ -375,7 +386,7 @@ def test_the_vae_reads_its_configuration_off_the_file(world, tmp_path):
 
 def test_the_vqgan_reads_its_configuration_off_the_file_less_the_training_loss(world, tmp_path):
     steps = {"loss.discriminator.steps": torch.zeros(3, dtype=torch.int64)}
-    save_file(load_file(world / "vqgan.safetensors") | steps, tmp_path / "it")
+    save_changed(load_file(world / "vqgan.safetensors"), steps, tmp_path / "it")
     vqgan = vqgan_file.load_vqgan(tmp_path / "it")
     config = vqgan.config
     assert (config.ch, config.ch_mult, config.z_channels) == (32, (1, 2), 16)
@@ -384,7 +395,7 @@ def test_the_vqgan_reads_its_configuration_off_the_file_less_the_training_loss(w
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@both_autoencoders
+@pytest.mark.parametrize("name", LOAD)
 def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, name, dtype):
     tensors = load_file(world / f"{name}.safetensors")
     save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / "it")
@@ -395,21 +406,23 @@ def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, n
         assert torch.equal(parameter, tensors[key].to(dtype).float())
 
 
-def refused(load, path, *words):
-    with pytest.raises(UserError) as error:
-        load(path)
-    assert_one_line(error, path, *words)
-
-
-@both_autoencoders
-def test_what_is_no_whole_file_is_refused(world, tmp_path, name):
+@pytest.mark.parametrize("name, words", [
+    ("vae", ("not a complete safetensors file", "--vae")),
+    ("vqgan", ("not a complete safetensors file", "--vqgan")),
+    ("converter", ("cannot be read safely", "download it again")),
+])
+def test_what_is_no_whole_file_is_refused(world, tmp_path, name, words):
+    load = LOAD.get(name, lambda path: vqgan_file.convert(path, tmp_path / "out"))
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "fifo", ""):
-        refused(LOAD[name], path, "not found", f"--{name}")
-    data = (world / f"{name}.safetensors").read_bytes()
-    for size in (0, 5, 100, len(data) - 1):
-        (tmp_path / "cut").write_bytes(data[:size])
-        refused(LOAD[name], tmp_path / "cut", "not a complete safetensors file", f"--{name}")
+        refused(load, path, "not found", *words[1:] * (name in LOAD))
+    torch.save({"state_dict": load_file(world / "vqgan.safetensors")}, tmp_path / "converter")
+    path = world / f"{name}.safetensors" if name in LOAD else tmp_path / "converter"
+    data = path.read_bytes()
+    parts = [data[:size] for size in (0, 5, 100, 1000, -1)]
+    for content in (*parts, b"\x80", b".", b"<html>", bytes(1000)):
+        (tmp_path / "cut").write_bytes(content)
+        refused(load, tmp_path / "cut", *words)
 
 
 def test_the_files_of_others_are_refused_with_the_way_out(world, tmp_path):
@@ -455,8 +468,7 @@ for name in LOAD:
 
 @pytest.mark.parametrize("name, key, value, says", MISFITS)
 def test_a_file_that_does_not_fit_is_refused(world, tmp_path, name, key, value, says):
-    tensors = load_file(world / f"{name}.safetensors") | {key: value}
-    save_file({key: tensors[key] for key in tensors if tensors[key] is not None}, tmp_path / "it")
+    save_changed(load_file(world / f"{name}.safetensors"), {key: value}, tmp_path / "it")
     refused(LOAD[name], tmp_path / "it", says)
 
 
@@ -490,24 +502,22 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
         gh.write_json(tmp_path / "it.json", {"a": 1})
     finally:
         os.umask(before)
-    for name in ("it.safetensors", "it.json"):
-        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_file_is_synced_before_it_is_moved_into_place(tmp_path, monkeypatch):
     calls = []
-    sync, move = os.fsync, os.replace
 
-    def fsync(file):
-        calls.append("fsync")
-        sync(file)
+    def record(name, real):
+        def call(*arguments):
+            calls.append(name)
+            real(*arguments)
 
-    def replace(*paths):
-        calls.append("replace")
-        move(*paths)
+        monkeypatch.setattr(os, name, call)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
+    record("fsync", os.fsync)
+    record("replace", os.replace)
     gh.write_json(tmp_path / "it.json", 1)
     assert calls == ["fsync", "replace"]
 
@@ -521,9 +531,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
 
     path = tmp_path / "it.txt"
     path.write_text("old")
-    with pytest.raises(UserError) as caught:
-        gh.write_file(path, write)
-    assert_one_line(caught, path, "could not be written", getattr(error, "strerror", "no"))
+    says = ("could not be written", getattr(error, "strerror", "(no)"))
+    refused(lambda path: gh.write_file(path, write), path, *says)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["it.txt"]
 
@@ -547,9 +556,7 @@ def bad_outputs(folder):
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in bad_outputs(tmp_path):
-        with pytest.raises(UserError) as error:
-            gh.write_json(path, 1)
-        assert_one_line(error, path)
+        refused(lambda path: gh.write_json(path, 1), path)
 
 
 def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
@@ -574,9 +581,7 @@ def test_any_change_of_what_was_written_is_noticed(tmp_path, old, new):
     content = path.read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
-    with pytest.raises(UserError) as error:
-        gh.read_weights(path, "it")
-    assert_one_line(error, path, "is damaged")
+    refused(lambda path: gh.read_weights(path, "it"), path, "is damaged")
 
 
 # ------------------------------------------------------------------ the command line
@@ -590,26 +595,18 @@ def command(capsys, run, *argv):
     return end.value.code, capsys.readouterr().err
 
 
-def test_a_users_mistake_is_one_line_and_status_2(capsys):
+@pytest.mark.parametrize("kind, argument, status, line", [
+    (UserError, "x: no such thing", 2, "it.py: x: no such thing\n"),
+    (UserError, "a\x1b[31m\n\u202eé日 is bad", 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
+    (KeyboardInterrupt, "", 130, "\nit.py: interrupted\n"),  # a shell's status
+])
+def test_a_failed_command_is_one_line_that_cannot_control_the_terminal(
+    capsys, kind, argument, status, line
+):
     def run(argv):
-        raise UserError(f"{argv[0]}: no such thing")
+        raise kind(*argv)
 
-    assert command(capsys, run, "x") == (2, "it.py: x: no such thing\n")
-
-
-def test_ctrl_c_is_one_line_and_a_shells_status(capsys):
-    def run(argv):
-        raise KeyboardInterrupt
-
-    assert command(capsys, run) == (130, "\nit.py: interrupted\n")
-
-
-def test_a_name_cannot_control_the_terminal(capsys):
-    def run(argv):
-        raise UserError(f"{argv[0]} is bad")
-
-    _, line = command(capsys, run, "a\x1b[31m\n\u202eé日")
-    assert line == "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"
+    assert command(capsys, run, argument) == (status, line)
 
 
 def test_a_mistake_in_a_data_worker_is_one_line(capsys):
@@ -695,45 +692,31 @@ def test_tensors_of_every_usable_kind_are_converted(state, tmp_path, kind):
         assert torch.equal(converted[name], value)
 
 
-UNUSABLE = {
-    "string": "text",
-    "int": 3,
-    "none": None,
-    "list": [1.0],
-    "int tensor": torch.zeros(32, dtype=torch.int64),
-    "bool tensor": torch.zeros(32, dtype=torch.bool),
-    "complex": torch.zeros(32, dtype=torch.complex64),
-    "sparse": torch.ones(32).to_sparse(),
-    "meta": torch.ones(32, device="meta"),
-    "empty": torch.zeros(0),
-    "misshapen": torch.zeros(31),
-    "nan": torch.full((32,), math.nan),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_a_value_of_any_other_kind_is_refused_by_name(state, tmp_path, kind):
-    for name in (BIAS, CONV_IN, "other"):
-        with pytest.raises(UserError) as error:
-            convert(tmp_path, {"state_dict": state | {name: UNUSABLE[kind]}})
-        assert_one_line(error, tmp_path / "last.ckpt", name)
-        assert os.listdir(tmp_path) == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("content, says", [
+UNUSABLE = ["text", 3, None, [1.0], torch.zeros(0), torch.zeros(31), torch.full((32,), math.nan)]
+UNUSABLE += [torch.zeros(32, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)]
+UNUSABLE += [torch.ones(32).to_sparse(), torch.ones(32, device="meta")]
+CHECKPOINTS = [  # what is no VQ-GAN's checkpoint, what the line says
     ([1, 2], "no state dict"),
     ({"model": {}}, f"missing {CONV_IN}"),
     ({"state_dict": [1, 2]}, f"missing {CONV_IN}"),
     ({"state_dict": {"loss.a": torch.ones(1)}}, f"missing {CONV_IN}"),
     ({"state_dict": {1: torch.ones(1)}}, "first name 1"),
-    ("a VAE", f"missing {CODES}"),
-])
-def test_a_checkpoint_of_anything_else_is_refused(world, tmp_path, content, says):
-    if content == "a VAE":
-        content = {"state_dict": load_file(world / "vae.safetensors")}
-    with pytest.raises(UserError) as error:
-        convert(tmp_path, content)
-    assert_one_line(error, tmp_path / "last.ckpt", says)
+]
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
+def test_a_value_of_any_other_kind_is_refused_by_name(state, tmp_path, value):
+    for name in (BIAS, CONV_IN, "other"):
+        torch.save({"state_dict": state | {name: value}}, tmp_path / "last.ckpt")
+        refused(lambda path: vqgan_file.convert(path, tmp_path / "it"), tmp_path / "last.ckpt", name)
+        assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_checkpoint_of_anything_else_is_refused(world, tmp_path):
+    vae = {"state_dict": load_file(world / "vae.safetensors")}
+    for content, says in [*CHECKPOINTS, (vae, f"missing {CODES}")]:
+        torch.save(content, tmp_path / "last.ckpt")
+        refused(lambda path: vqgan_file.convert(path, tmp_path / "it"), tmp_path / "last.ckpt", says)
 
 
 class Payload:
@@ -759,30 +742,16 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("payload, says", PAYLOADS)
-@pytest.mark.parametrize("place", ["beside", "inside", "alone"])
-def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says, place):
+def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says):
     monkeypatch.chdir(tmp_path)
-    contents = {"beside": {"state_dict": {}, "extra": payload}, "inside": {"state_dict": [payload]}}
-    if place == "alone":
-        (tmp_path / "last.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
-    else:
-        torch.save(contents[place], "last.ckpt")
-    loaders = [lambda path: vqgan_file.convert(path, "it"), lambda path: load_clip("toy", path)]
-    for load in loaders:
-        refused(load, "last.ckpt", f"last.ckpt cannot be read safely ({says})")
-    assert os.listdir() == ["last.ckpt"]
-
-
-def test_what_is_no_whole_checkpoint_is_refused(state, tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    target = tmp_path / "it.safetensors"
-    for source in (tmp_path / "nowhere", tmp_path, tmp_path / "fifo", ""):
-        refused(lambda source: vqgan_file.convert(source, target), source, "not found")
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    data = (tmp_path / "last.ckpt").read_bytes()
-    for content in (b"", b"\x80", b".", b"<html>", bytes(1000), data[:1000], data[:-1]):
-        (tmp_path / "cut").write_bytes(content)
-        refused(lambda source: vqgan_file.convert(source, target), tmp_path / "cut", "read safely")
+    torch.save({"state_dict": {}, "extra": payload}, "beside.ckpt")
+    torch.save({"state_dict": [payload]}, "inside.ckpt")
+    (tmp_path / "alone.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
+    for path in ("beside.ckpt", "inside.ckpt", "alone.ckpt"):
+        line = f"{path} cannot be read safely ({says})"
+        refused(lambda path: vqgan_file.convert(path, "it"), path, line)
+        refused(lambda path: load_clip("toy", path), path, line)
+    assert sorted(os.listdir()) == ["alone.ckpt", "beside.ckpt", "inside.ckpt"]
 
 
 def test_a_checkpoint_is_not_written_over(state, tmp_path):
