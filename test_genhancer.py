@@ -610,18 +610,13 @@ def test_a_failed_command_is_one_line_that_cannot_control_the_terminal(
 
 
 def test_a_mistake_in_a_data_worker_is_one_line(capsys):
+    def fail(samples):
+        raise UserError("shard 3 is cut")
+
     def run(argv):
-        list(torch.utils.data.DataLoader(BadData(), num_workers=1))
+        list(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=fail))
 
     assert command(capsys, run) == (2, "it.py: shard 3 is cut\n")
-
-
-class BadData(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise UserError("shard 3 is cut")
 
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "c"], ["--nope", "a", "b"]])
@@ -1969,6 +1964,8 @@ MORE = {
 MORE["tiny-siglip2"]["vision_cfg"]["timm_model_name"] = "tiny_siglip2_tower"
 MORE["tiny-siglip2"]["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
 LOOK = {"mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "squash", "interpolation": "bilinear"}
+LEFT_EDGE_WHITE = Image.new("RGB", (64, 32), "black")
+LEFT_EDGE_WHITE.paste("white", (0, 0, 8, 32))
 
 
 @pytest.fixture(scope="module")
@@ -1998,22 +1995,16 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monke
     theirs = open_clip.transform.image_transform_v2(look, is_train=False)(image)
     assert torch.equal(preprocess(image), theirs)
     # Squashed to a square, so that the white edge is still there: (1 - mean) / std.
-    assert preprocess(left_edge_white())[0, 16, 0] == pytest.approx(4.5)
+    assert preprocess(LEFT_EDGE_WHITE)[0, 16, 0] == pytest.approx(4.5)
     assert gh.hf_config(clip)["vision_config"]["hidden_act"] == "quick_gelu"
     assert gh.hf_preprocessor(clip)["resample"] == 2  # Pillow's number of bilinear
-
-
-def left_edge_white():
-    picture = Image.new("RGB", (64, 32), "black")
-    picture.paste("white", (0, 0, 8, 32))
-    return picture
 
 
 def test_a_backbone_without_a_published_tag_gets_openais_preprocessing(world):
     clip, preprocess, _ = gh.load_clip("tiny-clip", world / "tiny-clip.safetensors")
     assert clip.visual.preprocess_cfg["mean"] == pytest.approx(OPENAI)
     # Cropped at the centre, so that the edge is gone; black is below 0.
-    assert preprocess(left_edge_white())[0, 16, 0] < 0
+    assert preprocess(LEFT_EDGE_WHITE)[0, 16, 0] < 0
 
 
 REFUSED = [  # a backbone, a file of weights, what the line says
@@ -2444,13 +2435,16 @@ SAID = [  # a backbone, a file beside its weights, an entry, its value, what the
     ("tiny-clip", PROCESSOR, "image_std", [0.5, 0.5, 0.5], "computes [0.26862954, "),
     ("tiny-clip", PROCESSOR, "image_std", None, "image_std None"),
     ("tiny-clip", PROCESSOR, "image_mean", GONE, None),
+    ("tiny-clip", PROCESSOR, "image_std", GONE, None),
     ("tiny-clip", PROCESSOR, "", 3, NO_OBJECT),
     ("tiny-gelu", CONFIG, "vision_config.hidden_act", GONE, "hidden_act 'quick_gelu'"),
     ("tiny-gelu", CONFIG, "text_config.hidden_act", GONE, "tiny-gelu computes 'gelu'"),
     ("tiny-siglip", CONFIG, "vision_config.hidden_act", "quick_gelu", "hidden_act 'quick_gelu'"),
     ("tiny-siglip", CONFIG, "vision_config.layer_norm_eps", GONE, None),
+    ("tiny-siglip", CONFIG, "text_config.layer_norm_eps", GONE, None),
     ("tiny-siglip", CONFIG, "text_config.num_attention_heads", GONE, "num_attention_heads 12"),
     ("tiny-siglip", PROCESSOR, "image_mean", GONE, "image_mean [0.5, 0.5, 0.5]"),
+    ("tiny-siglip", PROCESSOR, "image_std", GONE, "image_std [0.5, 0.5, 0.5]"),
     ("tiny-siglip2", CONFIG, "vision_config.hidden_act", GONE, None),
     ("tiny-siglip2", CONFIG, "vision_config.hidden_act", "gelu", "computes 'gelu_pytorch_tanh'"),
 ]
@@ -2476,12 +2470,12 @@ def test_what_a_folder_says_is_compared(exported, tmp_path, name, file, entry, v
 
 
 def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys):
-    shutil.copytree(exported / "tiny-siglip", tmp_path / "hf")
-    config = read_export(tmp_path / "hf")[1]
+    shutil.copytree(exported / "tiny-siglip", tmp_path, dirs_exist_ok=True)
+    config = read_export(tmp_path)[1]
     for tower in ("vision_config", "text_config"):  # the hub's are silent
         del config[tower]["hidden_act"]
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    gh.load_clip("tiny-siglip", tmp_path / "hf")
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    gh.load_clip("tiny-siglip", tmp_path)
     line = capsys.readouterr().err
     assert "says gelu_pytorch_tanh, and tiny-siglip computes gelu" in line and line.count("\n") == 1
 
