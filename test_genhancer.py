@@ -361,9 +361,20 @@ def test_full_size_layouts_are_the_published_ones(name):
 # ------------------------------------------------------------------ the autoencoders' files
 
 LOAD = {"vae": load_vae, "vqgan": vqgan_file.load_vqgan}
-both_autoencoders = pytest.mark.parametrize("name", LOAD)
 CONV_IN, BIAS, Q = "encoder.conv_in.weight", "encoder.conv_in.bias", "decoder.mid.attn_1.q.weight"
 CODES, BLOCK = "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"
+
+
+def refused(load, path, *words):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert_one_line(error, path, *words)
+
+
+def save_changed(tensors, changes, path):
+    """Save tensors with some changed, or left out where the change is None."""
+    tensors = tensors | changes
+    save_file({name: tensors[name] for name in tensors if tensors[name] is not None}, path)
 
 
 def test_the_vae_reads_its_configuration_off_the_file(world, tmp_path):
@@ -377,7 +388,7 @@ def test_the_vae_reads_its_configuration_off_the_file(world, tmp_path):
 
 def test_the_vqgan_reads_its_configuration_off_the_file_less_the_training_loss(world, tmp_path):
     steps = {"loss.discriminator.steps": torch.zeros(3, dtype=torch.int64)}
-    save_file(load_file(world / "vqgan.safetensors") | steps, tmp_path / "it")
+    save_changed(load_file(world / "vqgan.safetensors"), steps, tmp_path / "it")
     vqgan = vqgan_file.load_vqgan(tmp_path / "it")
     config = vqgan.config
     assert (config.ch, config.ch_mult, config.z_channels) == (32, (1, 2), 16)
@@ -386,7 +397,7 @@ def test_the_vqgan_reads_its_configuration_off_the_file_less_the_training_loss(w
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@both_autoencoders
+@pytest.mark.parametrize("name", LOAD)
 def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, name, dtype):
     tensors = load_file(world / f"{name}.safetensors")
     save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / "it")
@@ -397,21 +408,23 @@ def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, n
         assert torch.equal(parameter, tensors[key].to(dtype).float())
 
 
-def refused(load, path, *words):
-    with pytest.raises(UserError) as error:
-        load(path)
-    assert_one_line(error, path, *words)
-
-
-@both_autoencoders
-def test_what_is_no_whole_file_is_refused(world, tmp_path, name):
+@pytest.mark.parametrize("name, words", [
+    ("vae", ("not a complete safetensors file", "--vae")),
+    ("vqgan", ("not a complete safetensors file", "--vqgan")),
+    ("converter", ("cannot be read safely", "download it again")),
+])
+def test_what_is_no_whole_file_is_refused(world, tmp_path, name, words):
+    load = LOAD.get(name, lambda path: vqgan_file.convert(path, tmp_path / "out"))
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "fifo", ""):
-        refused(LOAD[name], path, "not found", f"--{name}")
-    data = (world / f"{name}.safetensors").read_bytes()
-    for size in (0, 5, 100, len(data) - 1):
-        (tmp_path / "cut").write_bytes(data[:size])
-        refused(LOAD[name], tmp_path / "cut", "not a complete safetensors file", f"--{name}")
+        refused(load, path, "not found", *words[1:] * (name in LOAD))
+    torch.save({"state_dict": load_file(world / "vqgan.safetensors")}, tmp_path / "converter")
+    path = world / f"{name}.safetensors" if name in LOAD else tmp_path / "converter"
+    data = path.read_bytes()
+    parts = [data[:size] for size in (0, 5, 100, 1000, -1)]
+    for content in (*parts, b"\x80", b".", b"<html>", bytes(1000)):
+        (tmp_path / "cut").write_bytes(content)
+        refused(load, tmp_path / "cut", *words)
 
 
 def test_the_files_of_others_are_refused_with_the_way_out(world, tmp_path):
@@ -457,8 +470,7 @@ for name in LOAD:
 
 @pytest.mark.parametrize("name, key, value, says", MISFITS)
 def test_a_file_that_does_not_fit_is_refused(world, tmp_path, name, key, value, says):
-    tensors = load_file(world / f"{name}.safetensors") | {key: value}
-    save_file({key: tensors[key] for key in tensors if tensors[key] is not None}, tmp_path / "it")
+    save_changed(load_file(world / f"{name}.safetensors"), {key: value}, tmp_path / "it")
     refused(LOAD[name], tmp_path / "it", says)
 
 
@@ -492,24 +504,22 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
         gh.write_json(tmp_path / "it.json", {"a": 1})
     finally:
         os.umask(before)
-    for name in ("it.safetensors", "it.json"):
-        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_file_is_synced_before_it_is_moved_into_place(tmp_path, monkeypatch):
     calls = []
-    sync, move = os.fsync, os.replace
 
-    def fsync(file):
-        calls.append("fsync")
-        sync(file)
+    def record(name, real):
+        def call(*arguments):
+            calls.append(name)
+            real(*arguments)
 
-    def replace(*paths):
-        calls.append("replace")
-        move(*paths)
+        monkeypatch.setattr(os, name, call)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
+    record("fsync", os.fsync)
+    record("replace", os.replace)
     gh.write_json(tmp_path / "it.json", 1)
     assert calls == ["fsync", "replace"]
 
@@ -523,9 +533,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
 
     path = tmp_path / "it.txt"
     path.write_text("old")
-    with pytest.raises(UserError) as caught:
-        gh.write_file(path, write)
-    assert_one_line(caught, path, "could not be written", getattr(error, "strerror", "no"))
+    says = ("could not be written", getattr(error, "strerror", "(no)"))
+    refused(lambda path: gh.write_file(path, write), path, *says)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["it.txt"]
 
@@ -549,9 +558,7 @@ def bad_outputs(folder):
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in bad_outputs(tmp_path):
-        with pytest.raises(UserError) as error:
-            gh.write_json(path, 1)
-        assert_one_line(error, path)
+        refused(lambda path: gh.write_json(path, 1), path)
 
 
 def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
@@ -576,9 +583,7 @@ def test_any_change_of_what_was_written_is_noticed(tmp_path, old, new):
     content = path.read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
-    with pytest.raises(UserError) as error:
-        gh.read_weights(path, "it")
-    assert_one_line(error, path, "is damaged")
+    refused(lambda path: gh.read_weights(path, "it"), path, "is damaged")
 
 
 # ------------------------------------------------------------------ the command line
@@ -592,41 +597,28 @@ def command(capsys, run, *argv):
     return end.value.code, capsys.readouterr().err
 
 
-def test_a_users_mistake_is_one_line_and_status_2(capsys):
+@pytest.mark.parametrize("kind, argument, status, line", [
+    (UserError, "x: no such thing", 2, "it.py: x: no such thing\n"),
+    (UserError, "a\x1b[31m\n\u202eé日 is bad", 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
+    (KeyboardInterrupt, "", 130, "\nit.py: interrupted\n"),  # a shell's status
+])
+def test_a_failed_command_is_one_line_that_cannot_control_the_terminal(
+    capsys, kind, argument, status, line
+):
     def run(argv):
-        raise UserError(f"{argv[0]}: no such thing")
+        raise kind(*argv)
 
-    assert command(capsys, run, "x") == (2, "it.py: x: no such thing\n")
-
-
-def test_ctrl_c_is_one_line_and_a_shells_status(capsys):
-    def run(argv):
-        raise KeyboardInterrupt
-
-    assert command(capsys, run) == (130, "\nit.py: interrupted\n")
-
-
-def test_a_name_cannot_control_the_terminal(capsys):
-    def run(argv):
-        raise UserError(f"{argv[0]} is bad")
-
-    _, line = command(capsys, run, "a\x1b[31m\n\u202eé日")
-    assert line == "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"
+    assert command(capsys, run, argument) == (status, line)
 
 
 def test_a_mistake_in_a_data_worker_is_one_line(capsys):
+    def fail(samples):
+        raise UserError("shard 3 is cut")
+
     def run(argv):
-        list(torch.utils.data.DataLoader(BadData(), num_workers=1))
+        list(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=fail))
 
     assert command(capsys, run) == (2, "it.py: shard 3 is cut\n")
-
-
-class BadData(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise UserError("shard 3 is cut")
 
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "c"], ["--nope", "a", "b"]])
@@ -697,45 +689,35 @@ def test_tensors_of_every_usable_kind_are_converted(state, tmp_path, kind):
         assert torch.equal(converted[name], value)
 
 
-UNUSABLE = {
-    "string": "text",
-    "int": 3,
-    "none": None,
-    "list": [1.0],
-    "int tensor": torch.zeros(32, dtype=torch.int64),
-    "bool tensor": torch.zeros(32, dtype=torch.bool),
-    "complex": torch.zeros(32, dtype=torch.complex64),
-    "sparse": torch.ones(32).to_sparse(),
-    "meta": torch.ones(32, device="meta"),
-    "empty": torch.zeros(0),
-    "misshapen": torch.zeros(31),
-    "nan": torch.full((32,), math.nan),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_a_value_of_any_other_kind_is_refused_by_name(state, tmp_path, kind):
-    for name in (BIAS, CONV_IN, "other"):
-        with pytest.raises(UserError) as error:
-            convert(tmp_path, {"state_dict": state | {name: UNUSABLE[kind]}})
-        assert_one_line(error, tmp_path / "last.ckpt", name)
-        assert os.listdir(tmp_path) == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("content, says", [
+UNUSABLE = ["text", 3, None, [1.0], torch.zeros(0), torch.zeros(31), torch.full((32,), math.nan)]
+UNUSABLE += [torch.zeros(32, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)]
+UNUSABLE += [torch.ones(32).to_sparse(), torch.ones(32, device="meta")]
+CHECKPOINTS = [  # what is no VQ-GAN's checkpoint, what the line says
     ([1, 2], "no state dict"),
     ({"model": {}}, f"missing {CONV_IN}"),
     ({"state_dict": [1, 2]}, f"missing {CONV_IN}"),
     ({"state_dict": {"loss.a": torch.ones(1)}}, f"missing {CONV_IN}"),
     ({"state_dict": {1: torch.ones(1)}}, "first name 1"),
-    ("a VAE", f"missing {CODES}"),
-])
-def test_a_checkpoint_of_anything_else_is_refused(world, tmp_path, content, says):
-    if content == "a VAE":
-        content = {"state_dict": load_file(world / "vae.safetensors")}
-    with pytest.raises(UserError) as error:
-        convert(tmp_path, content)
-    assert_one_line(error, tmp_path / "last.ckpt", says)
+]
+
+
+def checkpoint_refused(folder, content, says):
+    path = folder / "last.ckpt"
+    torch.save(content, path)
+    refused(lambda path: vqgan_file.convert(path, folder / "it"), path, says)
+    assert os.listdir(folder) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
+def test_a_value_of_any_other_kind_is_refused_by_name(state, tmp_path, value):
+    for name in (BIAS, CONV_IN, "other"):
+        checkpoint_refused(tmp_path, {"state_dict": state | {name: value}}, name)
+
+
+def test_a_checkpoint_of_anything_else_is_refused(world, tmp_path):
+    vae = {"state_dict": load_file(world / "vae.safetensors")}
+    for content, says in [*CHECKPOINTS, (vae, f"missing {CODES}")]:
+        checkpoint_refused(tmp_path, content, says)
 
 
 class Payload:
@@ -761,30 +743,16 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("payload, says", PAYLOADS)
-@pytest.mark.parametrize("place", ["beside", "inside", "alone"])
-def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says, place):
+def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says):
     monkeypatch.chdir(tmp_path)
-    contents = {"beside": {"state_dict": {}, "extra": payload}, "inside": {"state_dict": [payload]}}
-    if place == "alone":
-        (tmp_path / "last.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
-    else:
-        torch.save(contents[place], "last.ckpt")
-    loaders = [lambda path: vqgan_file.convert(path, "it"), lambda path: load_clip("toy", path)]
-    for load in loaders:
-        refused(load, "last.ckpt", f"last.ckpt cannot be read safely ({says})")
-    assert os.listdir() == ["last.ckpt"]
-
-
-def test_what_is_no_whole_checkpoint_is_refused(state, tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    target = tmp_path / "it.safetensors"
-    for source in (tmp_path / "nowhere", tmp_path, tmp_path / "fifo", ""):
-        refused(lambda source: vqgan_file.convert(source, target), source, "not found")
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    data = (tmp_path / "last.ckpt").read_bytes()
-    for content in (b"", b"\x80", b".", b"<html>", bytes(1000), data[:1000], data[:-1]):
-        (tmp_path / "cut").write_bytes(content)
-        refused(lambda source: vqgan_file.convert(source, target), tmp_path / "cut", "read safely")
+    torch.save({"state_dict": {}, "extra": payload}, "beside.ckpt")
+    torch.save({"state_dict": [payload]}, "inside.ckpt")
+    (tmp_path / "alone.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
+    for path in ("beside.ckpt", "inside.ckpt", "alone.ckpt"):
+        line = f"{path} cannot be read safely ({says})"
+        refused(lambda path: vqgan_file.convert(path, "it"), path, line)
+        refused(lambda path: load_clip("toy", path), path, line)
+    assert sorted(os.listdir()) == ["alone.ckpt", "beside.ckpt", "inside.ckpt"]
 
 
 def test_a_checkpoint_is_not_written_over(state, tmp_path):
@@ -1927,10 +1895,9 @@ def assert_same_weights(clip, other):
         assert torch.equal(tensor, others[name]), name
 
 
-# ---------------------------------------------------------------------------------------------
-# The backbones
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the backbones
 
+OPENAI, HALF = open_clip.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
 SIX_BACKBONES = [  # name, side of an image, patches, activation, parameters of the visual tower
     ("openai-l14-224", 224, 256, "quick_gelu", 303_966_208),
     ("openai-l14-336", 336, 576, "quick_gelu", 304_293_888),
@@ -1938,6 +1905,16 @@ SIX_BACKBONES = [  # name, side of an image, patches, activation, parameters of 
     ("metaclip-h14-224", 224, 256, "quick_gelu", 632_076_800),
     ("siglip-so400m-224", 224, 256, "gelu", 427_680_704),
     ("siglip-so400m-384", 384, 729, "gelu", 428_225_600),
+]
+TAGS = [  # as open_clip publishes them; the models' own configurations name no activation
+    ("ViT-B-32:openai", "quick_gelu", OPENAI, "shortest"),
+    ("ViT-B-16:openai", "quick_gelu", OPENAI, "shortest"),
+    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest"),
+    ("ViT-B-32:metaclip_400m", "quick_gelu", OPENAI, "shortest"),
+    ("ViT-L-14:dfn2b", "quick_gelu", OPENAI, "shortest"),
+    ("ViT-B-32:laion2b_s34b_b79k", "gelu", OPENAI, "shortest"),
+    ("ViT-L-14:laion2b_s32b_b82k", "gelu", HALF, "shortest"),
+    ("ViT-B-16-SigLIP:webli", "gelu", HALF, "squash"),
 ]
 
 
@@ -1951,7 +1928,9 @@ def full_size(name):
 
 
 @pytest.mark.parametrize("name, side, patches, activation, parameters", SIX_BACKBONES)
-def test_the_six_backbones_are_the_papers(name, side, patches, activation, parameters):
+def test_the_six_backbones_are_the_papers_here_and_in_huggingfaces_format(
+    name, side, patches, activation, parameters
+):
     assert open_clip.is_pretrained_cfg(*gh.find_backbone(name))
     clip = full_size(name)
     assert sum(p.numel() for p in clip.visual.parameters()) == parameters
@@ -1960,29 +1939,11 @@ def test_the_six_backbones_are_the_papers(name, side, patches, activation, param
     features = clip.visual.forward_intermediates(images, indices=1, output_fmt="NLC")
     assert features["image_intermediates"][-1].shape[1] == patches
     config = gh.hf_config(clip)
-    towers = [config["vision_config"], config["text_config"]]
-    assert [tower["hidden_act"] for tower in towers] == 2 * [activation]
-
-
-@pytest.mark.parametrize("name", [row[0] for row in SIX_BACKBONES])
-def test_huggingface_has_every_number_of_a_backbone_once(name):
-    clip = full_size(name)
+    for tower in ("vision_config", "text_config"):
+        assert config[tower]["hidden_act"] == activation
     gh.check_export(name, clip)
     theirs = sum(tensor.numel() for tensor in gh.hf_weights(clip).values())
     assert theirs == sum(tensor.numel() for tensor in clip.state_dict().values())
-
-
-OPENAI, HALF = open_clip.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
-TAGS = [  # as open_clip publishes them; the models' own configurations name no activation
-    ("ViT-B-32:openai", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-16:openai", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:metaclip_400m", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-L-14:dfn2b", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:laion2b_s34b_b79k", "gelu", OPENAI, "shortest"),
-    ("ViT-L-14:laion2b_s32b_b82k", "gelu", HALF, "shortest"),
-    ("ViT-B-16-SigLIP:webli", "gelu", HALF, "squash"),
-]
 
 
 @pytest.mark.parametrize("name, activation, mean, resize", TAGS)
@@ -2004,8 +1965,9 @@ MORE = {
 }
 MORE["tiny-siglip2"]["vision_cfg"]["timm_model_name"] = "tiny_siglip2_tower"
 MORE["tiny-siglip2"]["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
-PUBLISHED = {"quick_gelu": True, "mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "squash"}
-PUBLISHED |= {"interpolation": "bilinear"}
+LOOK = {"mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "squash", "interpolation": "bilinear"}
+LEFT_EDGE_WHITE = Image.new("RGB", (64, 32), "black")
+LEFT_EDGE_WHITE.paste("white", (0, 0, 8, 32))
 
 
 @pytest.fixture(scope="module")
@@ -2015,7 +1977,7 @@ def more(world):
         (world / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(world / f"{name}.json")
         gh.BACKBONES[name] = gh.Backbone(name, "no tag")
-    open_clip.pretrained._PRETRAINED["tiny-gelu"] = {"it": PUBLISHED}
+    open_clip.pretrained._PRETRAINED["tiny-gelu"] = {"it": {"quick_gelu": True, **LOOK}}
     return world
 
 
@@ -2030,28 +1992,21 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monke
     images = torch.randn(2, 3, 32, 32)
     truth.eval().requires_grad_(False)
     assert torch.equal(clip.encode_image(images), truth.encode_image(images))
-    look = {key: value for key, value in PUBLISHED.items() if key != "quick_gelu"}
-    look = open_clip.transform.PreprocessCfg(size=32, **look)
+    look = open_clip.transform.PreprocessCfg(size=32, **LOOK)
     image = noise_image(np.random.default_rng(0), 48, 64)
     theirs = open_clip.transform.image_transform_v2(look, is_train=False)(image)
     assert torch.equal(preprocess(image), theirs)
     # Squashed to a square, so that the white edge is still there: (1 - mean) / std.
-    assert preprocess(left_edge_white())[0, 16, 0] == pytest.approx(4.5)
+    assert preprocess(LEFT_EDGE_WHITE)[0, 16, 0] == pytest.approx(4.5)
     assert gh.hf_config(clip)["vision_config"]["hidden_act"] == "quick_gelu"
     assert gh.hf_preprocessor(clip)["resample"] == 2  # Pillow's number of bilinear
 
 
-def left_edge_white():
-    picture = Image.new("RGB", (64, 32), "black")
-    picture.paste("white", (0, 0, 8, 32))
-    return picture
-
-
 def test_a_backbone_without_a_published_tag_gets_openais_preprocessing(world):
     clip, preprocess, _ = gh.load_clip("tiny-clip", world / "tiny-clip.safetensors")
-    assert clip.visual.preprocess_cfg["mean"] == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert clip.visual.preprocess_cfg["mean"] == pytest.approx(OPENAI)
     # Cropped at the centre, so that the edge is gone; black is below 0.
-    assert preprocess(left_edge_white())[0, 16, 0] < 0
+    assert preprocess(LEFT_EDGE_WHITE)[0, 16, 0] < 0
 
 
 REFUSED = [  # a backbone, a file of weights, what the line says
@@ -2067,37 +2022,38 @@ REFUSED = [  # a backbone, a file of weights, what the line says
     ("tiny-clip", "vae.safetensors", "unexpected decoder"),
     ("tiny-clip", "tiny-siglip.safetensors", "missing positional_embedding"),
     ("tiny-clip", "tiny-clip.json", "tiny-clip.json cannot be read safely"),
+    ("tiny-siglip", "hf/tiny-clip", "unexpected text_projection.weight, vision_model.embeddings."),
+    ("tiny-clip", "hf/tiny-siglip", "missing text_projection.weight, vision_model.embeddings."),
+    ("toy", "hf/tiny-clip", "missing vision_model.encoder.layers.2.layer_norm1.weight"),
 ]
 
 
 @pytest.mark.parametrize("name, file, says", REFUSED)
-def test_foreign_clips_and_tags_are_refused(world, name, file, says):
+def test_foreign_clips_and_tags_are_refused(world, exported, name, file, says):
     with pytest.raises(UserError) as error:
         gh.load_clip(name, file and world / file)
     assert_one_line(error, says)
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "toy", "openai-l14-224"])
-@pytest.mark.parametrize("weights", ["", "random", "nowhere.pt"])
-def test_missing_weights_are_noticed_before_any_model(world, name, weights):
-    with pytest.raises(UserError) as error:
-        gh.find_backbone(name, weights)
-    assert_one_line(error, f"not found at {weights!r}")
+def test_missing_weights_are_noticed_before_any_model(world):
+    for name in ("tiny-clip", "toy", "openai-l14-224"):
+        for weights in ("", "random", "nowhere.pt"):
+            line = f"not found at {weights!r}"
+            refused(lambda path, name=name: gh.find_backbone(name, path), weights, line)
 
 
 def test_random_weights_need_no_tag_but_take_no_wrong_one(world):
-    first = gh.load_clip("tiny-clip", random=True)[0]
-    second = gh.load_clip("tiny-clip", random=True)[0]
+    first, second = [gh.load_clip("tiny-clip", random=True)[0] for _ in range(2)]
     assert not torch.equal(first.visual.proj, second.visual.proj)
     assert gh.find_backbone("ViT-S-16", random=True).model == "ViT-S-16"
     with pytest.raises(UserError, match="laion400m_e31"):
         gh.find_backbone("ViT-B-32:opnai", random=True)
 
 
-def test_a_clip_is_frozen_float32_in_eval_mode(world):
+def test_a_clip_is_frozen_float32_in_eval_mode(world, tmp_path):
     half = {name: tensor.half() for name, tensor in load_tiny(world).state_dict().items()}
-    save_file(half, world / "half.safetensors")
-    clip = gh.load_clip("tiny-clip", world / "half.safetensors")[0]
+    save_file(half, tmp_path / "half.safetensors")
+    clip = gh.load_clip("tiny-clip", tmp_path / "half.safetensors")[0]
     assert not clip.training
     for parameter in clip.parameters():
         assert parameter.dtype == torch.float32
@@ -2109,16 +2065,12 @@ def test_the_text_tokenizer_knows_the_context_length(world):
     assert tokenizer(["a cat", "two cats"]).shape == (2, 77)
 
 
-@pytest.fixture
-def no_network(monkeypatch):
+def test_a_local_or_random_clip_needs_no_network(world, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def test_a_local_or_random_clip_needs_no_network(world, tmp_path, no_network):
     text = TINY_SIGLIP["text_cfg"] | {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
     (tmp_path / "hub-text.json").write_text(json.dumps(TINY_SIGLIP | {"text_cfg": text}))
     open_clip.add_model_config(tmp_path / "hub-text.json")
@@ -2127,41 +2079,33 @@ def test_a_local_or_random_clip_needs_no_network(world, tmp_path, no_network):
     gh.load_clip("toy")
 
 
-def test_a_text_tokenizer_that_is_not_there_is_one_line_when_text_comes(world, monkeypatch):
-    def fail(model):
-        raise OSError("no such tokenizer\nand more")
+def test_what_the_hub_does_not_give_is_one_line(world, monkeypatch, capfd):
+    def fail(*args, **kwargs):
+        raise OSError("no network\nand more")
 
     monkeypatch.setattr(open_clip, "get_tokenizer", fail)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
     tokenizer = gh.load_clip("tiny-siglip", world / "tiny-siglip.safetensors")[2]
     with pytest.raises(UserError) as error:
         tokenizer(["a cat"])
-    assert_one_line(error, "tiny-siglip", "no such tokenizer", "pip install transformers")
-
-
-def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch, capfd):
-    def fail(*args, **kwargs):
-        raise RuntimeError("no network\nand more")
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
+    assert_one_line(error, "tiny-siglip", "no network", "pip install transformers")
     with pytest.raises(UserError) as error:
         gh.load_clip("openai-l14-224")
     assert_one_line(error, "ViT-L-14-quickgelu", "'openai'", "no network")
     assert capfd.readouterr().err == ""  # open_clip logs it too
 
 
-# ---------------------------------------------------------------------------------------------
-# The files of open_clip, of OpenAI and of larger programs
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ files of CLIPs
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip"])
-def test_what_open_clip_converts_is_taken(world, tmp_path, name):
-    clip = load_tiny(world, name)
-    old = {f"module.{key}": tensor for key, tensor in clip.state_dict().items()}
+@both_families
+def test_what_open_clip_converts_is_taken(world, tmp_path, clip):
+    model = load_tiny(world, clip)
+    old = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
     old["module.attn_mask"] = torch.zeros(77, 77)
-    old["module.logit_scale"] = clip.logit_scale.reshape(1)
+    old["module.logit_scale"] = model.logit_scale.reshape(1)
     torch.save({"epoch": 3, "state_dict": old}, tmp_path / "old.pt")
-    assert_same_weights(gh.load_clip(name, tmp_path / "old.pt")[0], clip)
+    assert_same_weights(gh.load_clip(clip, tmp_path / "old.pt")[0], model)
 
 
 BESIDE = {  # what a training program saves beside its weights, and runs nothing
@@ -2181,33 +2125,43 @@ WRAPPED = [  # the prefix of the CLIP's names, the name of the state dict, tenso
 ]
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip"])
-@pytest.mark.parametrize("layout", ["open_clip", "HuggingFace"])
+@both_families
 @pytest.mark.parametrize("prefix, key, beside", WRAPPED)
-def test_a_clip_behind_a_prefix_is_found(
-    world, tmp_path, capsys, name, layout, prefix, key, beside
-):
-    clip = load_tiny(world, name)
-    inner = clip.state_dict() if layout == "open_clip" else gh.hf_weights(clip)
-    state = {f"unet.{i}": torch.zeros(2) for i in range(beside)}
-    state |= {prefix + name: tensor for name, tensor in inner.items()}
+def test_a_clip_behind_a_prefix_is_found(world, tmp_path, capsys, clip, prefix, key, beside):
+    model = load_tiny(world, clip)
     path = tmp_path / "it.pt"
-    torch.save(BESIDE | {key: state} if key else state, path)
-    assert_same_weights(gh.load_clip(name, path)[0], clip)
-    line = f"{path} holds the CLIP behind {prefix!r}, and {beside} tensors elsewhere are left out\n"
-    assert capsys.readouterr().err.partition(": ")[2] == (line if beside else "")
+    for inner in (model.state_dict(), gh.hf_weights(model)):
+        state = {f"unet.{i}": torch.zeros(2) for i in range(beside)}
+        state |= {prefix + name: tensor for name, tensor in inner.items()}
+        torch.save(BESIDE | {key: state} if key else state, path)
+        assert_same_weights(gh.load_clip(clip, path)[0], model)
+        line = f"{path} holds the CLIP behind {prefix!r}, and {beside} tensors elsewhere are left"
+        error = capsys.readouterr().err
+        assert error.partition(": ")[2] == (f"{line} out\n" if beside else "")
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"m.ln_final.bias": None}, "missing ln_final.bias"),
-    ({"m.more": torch.zeros(1)}, "unexpected more"),
-    ({"ema.visual.conv1.weight": torch.zeros(1)},
-     "several CLIPs (m.visual.conv1.weight and ema.visual.conv1.weight)"),
-])
-def test_behind_a_prefix_all_is_as_strict(world, tmp_path, change, says):
-    state = {f"m.{key}": value for key, value in load_tiny(world).state_dict().items()} | change
-    torch.save({key: state[key] for key in state if state[key] is not None}, tmp_path / "it.pt")
-    refused(lambda path: gh.load_clip("tiny-clip", path), tmp_path / "it.pt", says)
+K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
+SPOILT = [  # the prefix of open_clip's names or HuggingFace's, a tensor, its value, what is said
+    ("m.", "m.ln_final.bias", None, "missing ln_final.bias"),
+    ("m.", "m.more", torch.zeros(1), "unexpected more"),
+    ("m.", "ema.visual.conv1.weight", torch.zeros(1),
+     "several CLIPs (ema.visual.conv1.weight and m.visual.conv1.weight)"),
+    (None, K_WEIGHT, None, f"missing {K_WEIGHT}"),
+    (None, K_WEIGHT, torch.zeros(64, 32), f"misshapen {K_WEIGHT} (64, 32) for (64, 64)"),
+    (None, K_WEIGHT, torch.zeros(64, 64, dtype=torch.int8), f"floating-point values {K_WEIGHT}"),
+    (None, K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
+    (None, "text_model.more", torch.zeros(1), "unexpected text_model.more"),
+]
+
+
+@pytest.mark.parametrize("prefix, name, value, says", SPOILT)
+def test_a_spoilt_clip_is_refused(world, exported, tmp_path, prefix, name, value, says):
+    weights = read_export(exported / "tiny-clip")[0]
+    if prefix:
+        state = load_tiny(world).state_dict()
+        weights = {prefix + key: tensor for key, tensor in state.items()}
+    save_changed(weights, {name: value}, tmp_path / "it.safetensors")
+    refused(lambda path: gh.load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
 
 
 class WritesAFile(nn.Module):
@@ -2271,17 +2225,15 @@ def test_an_archive_runs_none_of_its_code(world, tmp_path, monkeypatch):
     assert os.path.exists("owned")
 
 
-# ---------------------------------------------------------------------------------------------
-# HuggingFace's format
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ HuggingFace's format
+
 
 @pytest.fixture(scope="module")
 def exported(more):
     """A folder with hf/ of the tiny models."""
-    for name in ("tiny-clip", "tiny-siglip"):
-        gh.export_hf(load_tiny(more, name), more / "hf" / name)
-    for name in MORE:
-        gh.export_hf(gh.load_clip(name, random=True)[0], more / "hf" / name)
+    for name in (*TINY, *MORE):
+        clip = load_tiny(more, name) if name in TINY else gh.load_clip(name, random=True)[0]
+        gh.export_hf(clip, more / "hf" / name)
     return more / "hf"
 
 
@@ -2290,15 +2242,12 @@ def read_export(folder):
     return load_file(folder / "model.safetensors"), config
 
 
-# CRC-32 of the sorted names and shapes of transformers 5.24's models of these configurations.
-LAYOUTS = {"tiny-clip": 3734601636, "tiny-siglip": 3008756251}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_an_exported_clip_has_the_published_layout(exported, name):
-    weights, _ = read_export(exported / name)
-    lines = sorted(f"{key} {tuple(value.shape)}" for key, value in weights.items())
-    assert zlib.crc32("\n".join(lines).encode()) == LAYOUTS[name], lines
+def test_an_exported_clip_has_the_published_layout(exported):
+    # CRC-32 of the sorted names and shapes of transformers 5.24's models of these configurations.
+    for name, crc in {"tiny-clip": 3734601636, "tiny-siglip": 3008756251}.items():
+        weights, _ = read_export(exported / name)
+        lines = sorted(f"{key} {tuple(value.shape)}" for key, value in weights.items())
+        assert zlib.crc32("\n".join(lines).encode()) == crc, lines
 
 
 def test_an_exported_clip_has_its_values_under_the_published_names(world, exported):
@@ -2313,33 +2262,33 @@ def test_an_exported_clip_has_its_values_under_the_published_names(world, export
     assert torch.equal(packed, torch.cat([pool.q.weight, pool.kv.weight]))
 
 
+# Where a file is silent transformers 5.24 has, for CLIP, quick_gelu, eps 1e-5, 12 and 8 heads and
+# OpenAI's mean; for SigLIP gelu_pytorch_tanh, 1e-6, 12 heads and 0.5.
+CONFIG, PROCESSOR, GONE = "config.json", "preprocessor_config.json", "gone"
+NO_OBJECT = "cannot be read as JSON (it holds no object)"
 TOWER = {"num_hidden_layers": 2, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 VISION = TOWER | {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+VISION |= {"image_size": 32, "patch_size": 8}
 TEXT = TOWER | {"hidden_size": 32, "eos_token_id": 49407, "max_position_embeddings": 77}
-EXPORTED = [  # what a file that is exported with the tiny CLIP says
-    ("config.json", {"model_type": "clip", "projection_dim": 32}),
-    ("config.json", {"vision_config": VISION | {"image_size": 32, "patch_size": 8}}),
-    ("config.json", {"text_config": TEXT | {"num_attention_heads": 2, "projection_dim": 32}}),
-    ("preprocessor_config.json", {"size": {"shortest_edge": 32}, "do_center_crop": True}),
-    ("preprocessor_config.json", {"image_mean": [*open_clip.OPENAI_DATASET_MEAN], "resample": 3}),
-    ("vocab.json", {"<|endoftext|>": 49407, "photo</w>": 1125, "!": 0}),
-]
+TEXT |= {"num_attention_heads": 2, "projection_dim": 32}
+PREPARES = {"size": {"shortest_edge": 32}, "do_center_crop": True, "image_mean": [*OPENAI]}
 
 
-@pytest.mark.parametrize("file, says", EXPORTED)
-def test_an_exported_clips_files_say_what_it_is(exported, file, says):
-    content = json.loads((exported / "tiny-clip" / file).read_text())
-    for key, value in says.items():
-        if key.endswith("_config"):
-            assert value.items() <= content[key].items()
-        else:
-            assert content[key] == value
-
-
-def test_the_text_tokenizer_is_exported_with_a_clip_alone(exported):
+def test_an_exported_clips_files_say_what_it_is(exported):
+    config, processor, vocabulary = [
+        json.loads((exported / "tiny-clip" / file).read_text())
+        for file in (CONFIG, PROCESSOR, "vocab.json")
+    ]
+    assert (config["model_type"], config["projection_dim"]) == ("clip", 32)
+    assert VISION.items() <= config["vision_config"].items()
+    assert TEXT.items() <= config["text_config"].items()
+    for key, value in (PREPARES | {"resample": 3}).items():
+        assert processor[key] == value
+    assert len(vocabulary) == 49408
+    for token, number in {"<|endoftext|>": 49407, "photo</w>": 1125, "!": 0}.items():
+        assert vocabulary[token] == number
     merges = (exported / "tiny-clip" / "merges.txt").read_text().splitlines()
     assert merges[:2] == ["#version: 0.2", "i n"]
-    assert len(json.loads((exported / "tiny-clip" / "vocab.json").read_text())) == 49408
     assert not (exported / "tiny-siglip" / "vocab.json").exists()
 
 
@@ -2360,19 +2309,19 @@ def test_an_exported_folder_is_the_clip_that_transformers_computes(
 ):
     gh.export_hf(fill(gh.load_clip(name, random=True)[0], 0.3), tmp_path)
     config = read_export(tmp_path)[1]
-    towers = [config["vision_config"], config["text_config"]]
-    epsilon = 1e-6 if "siglip" in name else 1e-5
-    for tower in towers:
+    siglip = "siglip" in name
+    for tower in (config["vision_config"], config["text_config"]):
+        epsilon = 1e-6 if siglip else 1e-5
         assert (tower["hidden_act"], tower["layer_norm_eps"]) == (activation, epsilon)
     clip = gh.load_clip(name, tmp_path)[0]
     image = torch.sin(torch.arange(3 * 32 * 32) * 0.7).view(1, 3, 32, 32)
-    text = torch.zeros(1, 16 if "siglip" in name else 77, dtype=torch.int64)
-    text[0, :4] = torch.tensor([7, 8, 9, 1] if "siglip" in name else [49406, 320, 1125, 49407])
+    text = torch.zeros(1, 16 if siglip else 77, dtype=torch.int64)
+    text[0, :4] = torch.tensor([7, 8, 9, 1] if siglip else [49406, 320, 1125, 49407])
     assert clip.encode_image(image)[0, :3].tolist() == pytest.approx(image_features, abs=5e-5)
     assert clip.encode_text(text)[0, :3].tolist() == pytest.approx(text_features, abs=2e-5)
 
 
-HF_REFUSES = [  # models of open_clip, and what HuggingFace's format lacks
+HF_REFUSES = [  # models of open_clip, and what HuggingFace's format lacks: "" is nothing
     ("ViT-L-14-CLIPA", "no_ln_pre is True, not False"),
     ("ViT-M-16-alt", "ls_init_value is 0.0001, not None"),
     ("ViT-H-14-worldwide-quickgelu", "vocab_size is 901629, not 49408"),
@@ -2384,22 +2333,24 @@ HF_REFUSES = [  # models of open_clip, and what HuggingFace's format lacks
     ("convnext_base", "timm_pool is '', not 'map'"),
     ("ViT-SO400M-16-SigLIP-i18n-256", "proj_bias is False, not True"),
     ("nllb-clip-base-siglip", "no_causal_mask is False, not True"),
+    ("ViT-B-32", ""),
+    ("ViT-g-14", ""),
+    ("ViT-gopt-16-SigLIP2-256", ""),
+    ("toy", ""),
+    ("tiny-clip", ""),
+    ("tiny-siglip", ""),
 ]
 
 
-@pytest.mark.parametrize("model, says", HF_REFUSES)
-def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, says):
-    timm_model = "timm_model_name" in open_clip.get_model_config(model)["vision_cfg"]
+@pytest.mark.parametrize("model, lacks", HF_REFUSES)
+def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
+    config = open_clip.get_model_config(gh.find_backbone(model, random=True).model)
+    timm_model = "timm_model_name" in config["vision_cfg"]
     clip = load_tiny(world, "tiny-siglip" if timm_model else "tiny-clip")
-    gh.check_export("tiny-siglip" if timm_model else "tiny-clip", clip)
-    with pytest.raises(UserError) as error:
+    if lacks:
+        refused(lambda model: gh.check_export(model, clip), model, lacks)
+    else:
         gh.check_export(model, clip)
-    assert_one_line(error, model, says)
-
-
-@pytest.mark.parametrize("model", ["ViT-B-32", "ViT-g-14", "ViT-gopt-16-SigLIP2-256", "toy"])
-def test_other_models_fit_into_huggingfaces_format(world, model):
-    gh.check_export(model, load_tiny(world, "tiny-siglip" if "SigLIP" in model else "tiny-clip"))
 
 
 def save_folder(folder, weights, way):
@@ -2415,16 +2366,14 @@ def save_folder(folder, weights, way):
         save({n: weights[n] for n in weights if shards[n] == shard}, folder / shard)
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "tiny-siglip"])
-@pytest.mark.parametrize("way", ["safe", "pickled", "safe, sharded", "pickled, sharded"])
-def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, name, way):
-    weights = read_export(exported / name)[0]
+@both_families
+@pytest.mark.parametrize("way", ["file", "safe", "pickled", "safe, sharded", "pickled, sharded"])
+def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, clip, way):
+    weights = read_export(exported / clip)[0]
     weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # older ones have it
     save_folder(tmp_path, weights, way)
-    assert_same_weights(gh.load_clip(name, tmp_path)[0], load_tiny(world, name))
-    if way == "safe":
-        loaded = gh.load_clip(name, exported / name / "model.safetensors")[0]
-        assert_same_weights(loaded, load_tiny(world, name))
+    path = exported / clip / "model.safetensors" if way == "file" else tmp_path
+    assert_same_weights(gh.load_clip(clip, path)[0], load_tiny(world, clip))
 
 
 ALONE = [  # the prefix of a vision tower alone, whether it has its projection, whence the rest is
@@ -2461,16 +2410,12 @@ def test_a_vision_tower_alone_keeps_the_rest_of_the_backbone(
 def test_a_vision_tower_without_a_backbone_at_hand_is_one_line(exported, tmp_path):
     weights = read_export(exported / "tiny-clip")[0]
     tower = {n: v for n, v in weights.items() if n.startswith("vision_model.")}
-    save_file(tower, tmp_path / "tower.safetensors")
-    with pytest.raises(UserError) as error:
-        gh.load_clip("tiny-clip", tmp_path / "tower.safetensors")
-    assert_one_line(error, "tower.safetensors", "is a vision tower alone", "'no tag' is not a")
+    path = tmp_path / "tower.safetensors"
+    save_file(tower, path)
+    says = ("is a vision tower alone", "'no tag' is not a")
+    refused(lambda path: gh.load_clip("tiny-clip", path), path, *says)
 
 
-# Where a file is silent transformers 5.24 has, for CLIP, quick_gelu, eps 1e-5, 12 and 8 heads and
-# OpenAI's mean; for SigLIP gelu_pytorch_tanh, 1e-6, 12 heads and 0.5.
-CONFIG, PROCESSOR, GONE = "config.json", "preprocessor_config.json", "gone"
-NO_OBJECT = "cannot be read as JSON (it holds no object)"
 SAID = [  # a backbone, a file beside its weights, an entry, its value, what the refusal says
     ("tiny-clip", CONFIG, "vision_config.hidden_act", "gelu", "'gelu' (vision_config), and"),
     ("tiny-clip", CONFIG, "vision_config.hidden_act", "gelu", "tiny-clip computes 'quick_gelu'"),
@@ -2492,13 +2437,16 @@ SAID = [  # a backbone, a file beside its weights, an entry, its value, what the
     ("tiny-clip", PROCESSOR, "image_std", [0.5, 0.5, 0.5], "computes [0.26862954, "),
     ("tiny-clip", PROCESSOR, "image_std", None, "image_std None"),
     ("tiny-clip", PROCESSOR, "image_mean", GONE, None),
+    ("tiny-clip", PROCESSOR, "image_std", GONE, None),
     ("tiny-clip", PROCESSOR, "", 3, NO_OBJECT),
     ("tiny-gelu", CONFIG, "vision_config.hidden_act", GONE, "hidden_act 'quick_gelu'"),
     ("tiny-gelu", CONFIG, "text_config.hidden_act", GONE, "tiny-gelu computes 'gelu'"),
     ("tiny-siglip", CONFIG, "vision_config.hidden_act", "quick_gelu", "hidden_act 'quick_gelu'"),
     ("tiny-siglip", CONFIG, "vision_config.layer_norm_eps", GONE, None),
+    ("tiny-siglip", CONFIG, "text_config.layer_norm_eps", GONE, None),
     ("tiny-siglip", CONFIG, "text_config.num_attention_heads", GONE, "num_attention_heads 12"),
     ("tiny-siglip", PROCESSOR, "image_mean", GONE, "image_mean [0.5, 0.5, 0.5]"),
+    ("tiny-siglip", PROCESSOR, "image_std", GONE, "image_std [0.5, 0.5, 0.5]"),
     ("tiny-siglip2", CONFIG, "vision_config.hidden_act", GONE, None),
     ("tiny-siglip2", CONFIG, "vision_config.hidden_act", "gelu", "computes 'gelu_pytorch_tanh'"),
 ]
@@ -2513,10 +2461,9 @@ def test_what_a_folder_says_is_compared(exported, tmp_path, name, file, entry, v
     section = content
     for key in way:
         section = section[key]
+    section[last] = value
     if value == GONE:
         del section[last]
-    else:
-        section[last] = value
     path.write_text(json.dumps(content[""]))
     if says:
         refused(lambda folder: gh.load_clip(name, folder), tmp_path / "hf", file, says)
@@ -2525,57 +2472,29 @@ def test_what_a_folder_says_is_compared(exported, tmp_path, name, file, entry, v
 
 
 def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys):
-    shutil.copytree(exported / "tiny-siglip", tmp_path / "hf")
-    config = read_export(tmp_path / "hf")[1]
+    shutil.copytree(exported / "tiny-siglip", tmp_path, dirs_exist_ok=True)
+    config = read_export(tmp_path)[1]
     for tower in ("vision_config", "text_config"):  # the hub's are silent
         del config[tower]["hidden_act"]
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    gh.load_clip("tiny-siglip", tmp_path / "hf")
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    gh.load_clip("tiny-siglip", tmp_path)
     line = capsys.readouterr().err
     assert "says gelu_pytorch_tanh, and tiny-siglip computes gelu" in line and line.count("\n") == 1
 
 
-K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
-SPOILT = [  # a tensor, what stands there instead, what the line says
-    (K_WEIGHT, None, f"missing {K_WEIGHT}"),
-    (K_WEIGHT, torch.zeros(64, 32), f"misshapen {K_WEIGHT} (64, 32) for (64, 64)"),
-    (K_WEIGHT, torch.zeros(64, 64, dtype=torch.int8), f"floating-point values {K_WEIGHT}"),
-    (K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
-    ("text_model.more", torch.zeros(1), "unexpected text_model.more"),
-]
-
-
-@pytest.mark.parametrize("name, tensor, says", SPOILT)
-def test_a_spoilt_huggingface_file_is_refused(exported, tmp_path, name, tensor, says):
-    weights = read_export(exported / "tiny-clip")[0] | {name: tensor}
-    weights = {key: value for key, value in weights.items() if value is not None}
-    save_file(weights, tmp_path / "it.safetensors")
-    refused(lambda path: gh.load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
-
-
-@pytest.mark.parametrize("name, folder, says", [
-    ("tiny-siglip", "tiny-clip", "unexpected text_projection.weight, vision_model.embeddings."),
-    ("tiny-clip", "tiny-siglip", "missing text_projection.weight, vision_model.embeddings."),
-    ("toy", "tiny-clip", "missing vision_model.encoder.layers.2.layer_norm1.weight"),
-])
-def test_another_architecture_is_refused_by_name(exported, name, folder, says):
-    refused(lambda path: gh.load_clip(name, path), exported / folder, says)
-
-
 INDEX = "model.safetensors.index.json"
+SHARDS = {"a": "0-model.safetensors", K_WEIGHT: "1-model.safetensors"}
 
 
 @pytest.mark.parametrize("index, says", [
-    (None, "1-model.safetensors' (not a file)"),
+    (json.dumps({"weight_map": SHARDS}), "1-model.safetensors' (not a file)"),
     ('{"weight_map": {', f"{INDEX} cannot be read as JSON"),
     ('{"weight_map": [1]}', f"{INDEX} {NO_OBJECT}"),
     ('{"weight_map": null}', "None' (not a file)"),
 ])
 def test_a_folder_that_is_not_whole_is_one_line(exported, tmp_path, index, says):
-    weights = read_export(exported / "tiny-clip")[0]
-    save_file(weights, tmp_path / "0-model.safetensors")
-    shards = dict.fromkeys(weights, "0-model.safetensors") | {K_WEIGHT: "1-model.safetensors"}
-    (tmp_path / INDEX).write_text(index or json.dumps({"weight_map": shards}))
+    shutil.copy(exported / "tiny-clip" / "model.safetensors", tmp_path / "0-model.safetensors")
+    (tmp_path / INDEX).write_text(index)
     refused(lambda path: gh.load_clip("tiny-clip", path), tmp_path, says)
 
 
