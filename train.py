@@ -317,13 +317,7 @@ def run(argv):
     compares = len(settings) > 1  # stage all
     lock = hold_out(first) if RANK == 0 else None
     if LOCAL_RANK == 0:
-        if first.preset == "toy":
-            from toy.make_toy import draw_world
-            draw_world(os.path.join(TOY, "data"))
-        if compares:
-            check_comparison(first)
-        if LAUNCHED:
-            load_pretrained(first)  # one rank of a node downloads, and says what is wrong
+        look_ahead(first, compares)
     device = start_processes()
     try:
         for s in settings:
@@ -340,6 +334,23 @@ def run(argv):
     if compares and RANK == 0:
         compare(last, device)
     del lock  # held until here
+
+
+def look_ahead(s, compares):
+    """Draw the toy's world, download the CLIP, and notice what stage all would find at its end.
+
+    One rank of a node does it while the others wait, so that it alone says what is wrong.
+    """
+    if s.preset == "toy":
+        from toy.make_toy import draw_world
+        draw_world(os.path.join(TOY, "data"))
+    if compares:
+        check_benchmark(s.benchmark)
+        for task in s.zeroshot:
+            check_zeroshot(*task.partition(":")[::2])
+        make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
+    if LAUNCHED:
+        load_pretrained(s)
 
 
 def train_stage(s, device):
@@ -1230,14 +1241,6 @@ def trained_clip(s, weights):
         raise ValueError(f"unexpected weight {unexpected[0]}")
     merge_lora(clip.visual)
     return clip
-
-
-def check_comparison(s):
-    """Look beforehand at what stage all needs at its end."""
-    check_benchmark(s.benchmark)
-    for task in s.zeroshot:
-        check_zeroshot(*task.partition(":")[::2])
-    make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
 
 
 def compare(s, device):
