@@ -4016,6 +4016,8 @@ def test_a_rank_that_dies_is_one_line(world, tmp_path):
     (["--stage", "1", "--init", "nowhere"], "FLUX's weights not found at 'nowhere'"),
     (["--stage", "1", "--init", "WORLD/vae.safetensors"], "FLUX's weights .*missing"),
     (["--stage", "2", "--init", "WORLD/vae.safetensors"], "stage 1's weights .*missing"),
+    (["--stage", "1", "--init", "WORLD/nothing.safetensors"], "FLUX's weights .*missing"),
+    (["--stage", "2", "--init", "WORLD/nothing.safetensors"], "stage 1's weights .*missing"),
     (["--stage", "all"], "Questions.csv not found"),
     (["--stage", "all", "--zeroshot", "folder:nowhere", "--benchmark", "WORLD/mmvp"],
      "one subfolder per class"),
@@ -4050,6 +4052,7 @@ load_once = lru_cache(load_vae)
 def mistaken(world):
     """What the mistakes point at."""
     (world / "empty").mkdir()
+    save_file({}, world / "nothing.safetensors")
     write_benchmark(world / "mmvp")
     config = AutoEncoderConfig(ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=4)
     save_file(AutoEncoder(config).state_dict(), world / "vae64.safetensors")

@@ -546,11 +546,11 @@ def build_model(s, pretrained, device):
             codebook = autoencoder.quantize.embedding.weight
             denoiser = Perceiver(perceiver_config(s, codebook), codebook)
             core = Discrete(visual, autoencoder, denoiser, s.mask_ratio, s.local_ratio)
-    if s.stage == 2 and pretrained.start:
+    if s.stage == 2 and s.preset != "bench":
         trained = torch.nn.ModuleDict({"denoiser": denoiser, "projectors": core.projectors})
         what = "stage 1's weights for these settings"
         load_strictly(trained, pretrained.start, start_of(s), what)
-    elif pretrained.start:
+    elif s.init:
         what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
         load_strictly(denoiser, pretrained.start, s.init, what)
     if s.grad_checkpoint:
