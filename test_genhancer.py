@@ -5019,6 +5019,8 @@ def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
     assert [output.device.type for output in outputs] == ["cuda", "cuda"]
 
 
+# ------------------------------------------------------------------ the toy's world
+
 MAKE_TOY = os.path.join(HERE, "toy", "make_toy.py")
 TINY_WORLD = dict(train=5, held_out=3, pairs=1, images=4)
 
@@ -5207,6 +5209,9 @@ def test_make_toy_writes_autoencoders_that_load(what, load, tmp_path, monkeypatc
     make_toy.main([what, "--steps", "2", "--out", str(tmp_path)])
     assert os.listdir(tmp_path) == [f"{what}.safetensors"]
     load(tmp_path / f"{what}.safetensors")
+
+
+# ------------------------------------------------------------------ the paper's findings in miniature
 
 
 def point(zeroshot, pairs, **more):
