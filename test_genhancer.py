@@ -5211,7 +5211,7 @@ def test_make_toy_writes_autoencoders_that_load(what, load, tmp_path, monkeypatc
     load(tmp_path / f"{what}.safetensors")
 
 
-# ------------------------------------------------------------------ the paper's findings in miniature
+# ------------------------------------------------------------------ the paper's claims in miniature
 
 
 def point(zeroshot, pairs, **more):
