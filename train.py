@@ -893,12 +893,14 @@ def make_index(paths, index_path):
         known, _ = read_weights(index_path, "index")
         if all(torch.equal(known[name], table) for name, table in tables.items()):
             return
-    except UserError:  # there is none yet, or it is damaged
+    except (UserError, KeyError):  # there is none yet, or it is damaged
         pass
-    entries = [(place, *row) for place, rows in enumerate(index_shards(shards)) for row in rows]
+    entries = []
+    for place, rows in enumerate(index_shards(shards)):
+        entries.append(np.array([(place, *row) for row in rows], dtype=np.int64).reshape(-1, 3))
     whole = np.full((len(images), 3), (0, 0, WHOLE))
     whole[:, 0] = np.arange(len(shards), len(files))
-    entries = np.concatenate([np.array(entries, dtype=np.int64).reshape(-1, 3), whole])
+    entries = np.concatenate([*entries, whole])
     if not len(entries):
         raise UserError(f"data: no image in {', '.join(paths)}: name other folders or shards")
     tables["entries"] = torch.from_numpy(entries)
