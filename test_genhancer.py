@@ -34,7 +34,7 @@ import traceback
 import types
 import zlib
 from collections import OrderedDict
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from fractions import Fraction
 from functools import lru_cache
 from xml.etree import ElementTree
@@ -2547,6 +2547,8 @@ def zoo(tmp_path):
     noise.save(folder / "k.jpg", "EPS")
     (folder / "notes.txt").write_text("not looked at")
     (folder / ".hidden").write_text("not looked at")
+    (folder / ".trash").mkdir()
+    noise.save(folder / ".trash" / "a.jpg")
     write_shard(tmp_path / "tars" / "0.tar", [good, b"junk", good, b"", good])
     write_shard(tmp_path / "tars" / "1.tar", [good, good, good[:300], good])
     return [str(folder), str(tmp_path / "tars")]
@@ -3605,6 +3607,15 @@ def test_a_tenth_of_bad_images_stops_the_run_at_the_latest_at_its_end(
     assert not (tmp_path / "stage1" / "last.safetensors").exists()
 
 
+@pytest.mark.parametrize("start, judged", [(0, True), (10, False)])
+def test_the_short_rest_of_a_resumed_run_is_not_judged(tmp_path, start, judged):
+    """Else a run whose last few images cannot be decoded could never end."""
+    log = train.Log(settings("--out", tmp_path), start, 11, 80, torch.device("cpu"))
+    log.undecodable = 300
+    with pytest.raises(UserError) if judged else nullcontext():
+        log.check_undecodable(11)
+
+
 def test_a_few_bad_images_are_counted(world, tmp_path, monkeypatch, capsys):
     spoil_images(monkeypatch, 30)
     rows = read_log(train_stub(world, tmp_path, "--steps", 15))  # each image once
@@ -3646,9 +3657,12 @@ def test_a_run_goes_on_with_its_data_elsewhere(world, stub_run, stopped, tmp_pat
 
 
 def test_what_a_killed_run_was_writing_is_removed(world, stopped):
-    (stopped / "stage1" / ".part-step-00000008.safetensors").write_text("half")
+    """And nothing else."""
+    (stopped / "another").mkdir()
+    for name in ("stage1/.part-step-00000008.safetensors", ".part-clip", "another/.part-x"):
+        (stopped / name).write_text("half")
     train_stub(world, stopped)
-    assert not list(stopped.rglob(".part-*"))
+    assert [path.name for path in stopped.rglob(".part-*")] == [".part-x"]
 
 
 def test_files_have_the_permissions_of_the_umask(world, tmp_path):

@@ -301,7 +301,7 @@ ADVICE = [  # what stands in a RuntimeError, and what users can do about it
     (["OutOfMemoryError"],
      "the GPU's memory is full: lower --batch-size, or try --grad-checkpoint or --shard"),
     (["can't allocate memory"], "the memory is full: lower --batch-size, --width or --depth"),
-    (["DataLoader worker"],
+    (["DataLoader worker (pid"],
      "a data worker died, perhaps for want of memory: lower --workers, or give the container more "
      "shared memory (docker run --ipc=host); the same command goes on"),
     (["DistBackendError", "DistNetworkError", "DistStoreError", "gloo"],
@@ -349,6 +349,7 @@ def look_ahead(s, compares):
         for task in s.zeroshot:
             check_zeroshot(*task.partition(":")[::2])
         make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
+    find_images(s.val)
     if LAUNCHED:
         load_pretrained(s)
 
@@ -946,8 +947,8 @@ def find_images(paths):
 def list_files(folder, seen):
     """The regular files under a folder, sorted: a FIFO among them would block its reader.
 
-    Hidden files are left out. Links to folders are followed; `seen` holds the folders that were
-    read, each by its device and inode.
+    Hidden files and folders are left out. Links to folders are followed; `seen` holds the folders
+    that were read, each by its device and inode.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
@@ -956,9 +957,11 @@ def list_files(folder, seen):
     files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name[0] == ".":
+                continue
             if entry.is_dir():
                 folders.append(entry.path)
-            elif entry.is_file() and entry.name[0] != ".":
+            elif entry.is_file():
                 files.append(entry.path)
     for path in sorted(folders):
         files += list_files(path, seen)
@@ -1047,7 +1050,8 @@ class Checkpoints:
         write_weights(path, tensors, about)
         older = [other for other in self.list() if other < path]
         for old in older[:-1]:
-            os.remove(old)
+            with contextlib.suppress(FileNotFoundError):  # somebody made room
+                os.remove(old)
 
     def finish(self):
         """Wait until the last checkpoint is written; UserError if it could not be."""
@@ -1197,7 +1201,8 @@ class Log:
     def check_undecodable(self, step):
         """UserError, on all ranks, if more than a tenth of the images could not be decoded."""
         seen = (step - self.start) * self.images_per_step
-        if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or step == self.total):
+        whole = self.start == 0 and step == self.total  # the rest of a resumed run may be too short
+        if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or whole):
             raise UserError(f"data: {self.undecodable} of {seen} images cannot be decoded: mend "
                             "the data, or leave that part out")
 
@@ -1336,9 +1341,16 @@ def hold_out(s):
                             "processes of one run are started with torchrun") from None
         say(f"--out {s.out} lies on a file system without locks ({error.strerror}): nothing keeps "
             "another run out of it")
-    for part in glob.glob(os.path.join(glob.escape(s.out), "**", ".part-*"), recursive=True):
-        os.remove(part)  # of a run that was killed while it wrote
+    else:
+        remove_parts(s)
     return file
+
+
+def remove_parts(s):
+    """What a run that was killed was writing in this folder."""
+    for folder in ("", "hf", "stage1", "stage2", "e2e", "*/samples"):
+        for part in glob.glob(os.path.join(glob.escape(s.out), folder, ".part-*")):
+            os.remove(part)
 
 
 def main(argv=None):
