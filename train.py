@@ -127,7 +127,8 @@ def adder(parser, title):
     group = parser.add_argument_group(title)
 
     def add(flag, default, help, **form):
-        shown = "" if default in (None, False, []) else " (default: %(default)s)"
+        nothing = default is None or default is False or default == []
+        shown = "" if nothing else " (default: %(default)s)"
         group.add_argument(f"--{flag}", default=default, help=help + shown, **form)
 
     return add
@@ -299,8 +300,10 @@ def result_of(s):
 
 ADVICE = [  # what stands in a RuntimeError, and what users can do about it
     (["OutOfMemoryError"],
-     "the GPU's memory is full: lower --batch-size, or try --grad-checkpoint or --shard"),
-    (["can't allocate memory"], "the memory is full: lower --batch-size, --width or --depth"),
+     "the GPU's memory is full: try --grad-checkpoint or --shard, or a lower --batch-size in "
+     "another --out"),
+    (["can't allocate memory"], "the memory is full: try a lower --batch-size, --width or --depth "
+                              "in another --out"),
     (["DataLoader worker (pid"],
      "a data worker died, perhaps for want of memory: lower --workers, or give the container more "
      "shared memory (docker run --ipc=host); the same command goes on"),
@@ -355,7 +358,7 @@ def look_ahead(s, compares):
 
 
 def train_stage(s, device):
-    """Algorithm 1 (stage 1) or 2 (stage 2), from settings to result, or from its checkpoint on."""
+    """One stage of Algorithm 1 (rf) or 2 (perceiver): from its settings, or its last checkpoint."""
     pretrained = load_pretrained(s)
     data = open_data(s, image_side(pretrained.visual))
     images_per_step = s.batch_size * s.accum * WORLD
@@ -1273,6 +1276,7 @@ def print_bench(s, core, log, device):
     speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
+    memory = peak_memory()  # of the training, before its work is counted
     recompute_blocks(core, False)  # the model's own work alone is counted
     with FlopCounterMode(display=False) as counter, autocast(s, device):
         core(images)[0].mean().backward()
@@ -1284,7 +1288,7 @@ def print_bench(s, core, log, device):
         mfu = f"{100 * tflops / peaks[0]:.1f} % of {peaks[0]} in bf16"
     say(f"s / 100 iterations   {100 / steps_per_s:.2f}")
     say(f"images / s           {speed:.4g}")
-    say(f"peak memory          {peak_memory():.2f} GB")
+    say(f"peak memory          {memory:.2f} GB")
     say(f"model TFLOP/s        {tflops:.2f} a device")
     say(f"MFU                  {mfu}")
 
