@@ -1478,9 +1478,9 @@ def open_seal(seal, tensors):
         return None
 
 
-def checksum(tensors, about):
+def checksum(tensors, about=None):
     """The CRC-32 of tensors, their names, kinds and shapes, and of what is said about them."""
-    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    crc = zlib.crc32(json.dumps(about or {}, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

@@ -3738,7 +3738,7 @@ def test_ctrl_c_reaches_that_line(world, tmp_path, monkeypatch, capsys, heeds_ct
 
 def hold(out, held):
     """Begin a run in `out`, say so, and wait."""
-    lock = train.hold_out(settings("--out", out))
+    lock = train.lock_folder(settings("--out", out))
     held.set()
     signal.pause()
     del lock
@@ -4099,6 +4099,16 @@ def test_other_weights_are_another_run(
     save_file(tensors, tmp_path / f"{file}.safetensors")
     more = ("--stage", stage, option, tmp_path / f"{file}.safetensors")
     assert says in refusal(capsys, train.main, perceiver(world, tmp_path, *more))
+
+
+def test_another_stage_1_is_another_stage_2(world, trained, tmp_path, capsys):
+    shutil.copytree(trained / "perceiver", tmp_path / "run")
+    path = tmp_path / "run" / "stage1" / "last.safetensors"
+    tensors, about = gh.read_weights(path, "it")
+    changed = {name: tensor + 0.1 for name, tensor in tensors.items()}
+    gh.write_weights(path, changed, about)
+    line = refusal(capsys, train.main, perceiver(world, tmp_path / "run", "--stage", 2))
+    assert "checksum of the weights to start from was" in line
 
 
 @pytest.mark.parametrize("denoiser", ["rf", "perceiver"])

@@ -241,8 +241,8 @@ def settings_of(stage, typed, argv):
     choices = {"stage": stage, "denoiser": typed.denoiser, "preset": typed.preset,
                "device": "cuda" if torch.cuda.is_available() else "cpu"}
     parser = make_parser()
-    for choice, values in OVERRIDES:
-        if choice.items() <= choices.items():
+    for needed, values in OVERRIDES:
+        if all(choices[name] == value for name, value in needed.items()):
             parser.set_defaults(**values)
     s = parser.parse_args(argv)
     s.stage = stage
@@ -318,7 +318,7 @@ def run(argv):
     settings = read_settings(argv)
     first, last = settings[0], settings[-1]
     compares = len(settings) > 1  # stage all
-    lock = hold_out(first) if RANK == 0 else None
+    lock = lock_folder(first) if RANK == 0 else None
     if LOCAL_RANK == 0:
         look_ahead(first, compares)
     device = start_processes()
@@ -482,7 +482,7 @@ class Pretrained(NamedTuple):
     """What a stage is given."""
     visual: torch.nn.Module       # the CLIP's visual tower
     autoencoder: torch.nn.Module  # the VAE (rf) or VQ-GAN (perceiver), frozen
-    start: dict                   # trained weights to start from, {} if there are none
+    initial: dict                 # trained weights to start from, {} if there are none
     checksums: dict               # what tells other weights from these, by name
 
 
@@ -499,12 +499,12 @@ def load_pretrained(s):
     if s.preset == "bench":
         return Pretrained(clip.visual, autoencoder, {}, {})
     check_export(s.backbone, clip)  # the result must fit into HuggingFace's format
-    checksums = {"CLIP": checksum(clip.visual.state_dict(), {}),
-                 "autoencoder": checksum(autoencoder.state_dict(), {})}
-    start = load_start(s, checksums)
-    if s.init:
-        checksums["--init"] = checksum(start, {})
-    return Pretrained(clip.visual, autoencoder, start, checksums)
+    checksums = {"CLIP": checksum(clip.visual.state_dict()),
+                 "autoencoder": checksum(autoencoder.state_dict())}
+    initial = load_initial(s, checksums)
+    if initial:
+        checksums["weights to start from"] = checksum(initial)
+    return Pretrained(clip.visual, autoencoder, initial, checksums)
 
 
 def load_autoencoder(s):
@@ -515,22 +515,23 @@ def load_autoencoder(s):
     return load_vae(s.vae) if s.denoiser == "rf" else load_vqgan(s.vqgan)
 
 
-def load_start(s, checksums):
+def load_initial(s, checksums):
     """Stage 2's start, which is stage 1's result; FLUX's weights with --init; or nothing."""
     if s.stage != 2 and not s.init:
         return {}
     if s.stage != 2:
         return read_weights(s.init, "FLUX's weights", "name a file with --init")[0]
+    path = initial_path(s)
     hint = "run --stage 1 first, or again, or name another run's stage1/last.safetensors by --init"
-    tensors, about = read_weights(start_of(s), "stage 1's weights", hint)
+    tensors, about = read_weights(path, "stage 1's weights", hint)
     for name, value in checksums.items():
         if about.get(name, value) != value:
-            raise UserError(f"stage 2 has another {name} than the stage 1 that made {start_of(s)}: "
-                            "give it the same")
+            raise UserError(f"stage 2 has another {name} than the stage 1 that made {path}: give "
+                            "it the same")
     return tensors
 
 
-def start_of(s):
+def initial_path(s):
     """The file that stage 2 starts from."""
     return s.init or os.path.join(s.out, "stage1", "last.safetensors")
 
@@ -553,10 +554,10 @@ def build_model(s, pretrained, device):
     if s.stage == 2 and s.preset != "bench":
         trained = torch.nn.ModuleDict({"denoiser": denoiser, "projectors": core.projectors})
         what = "stage 1's weights for these settings"
-        load_strictly(trained, pretrained.start, start_of(s), what)
+        load_strictly(trained, pretrained.initial, initial_path(s), what)
     elif s.init:
         what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
-        load_strictly(denoiser, pretrained.start, s.init, what)
+        load_strictly(denoiser, pretrained.initial, s.init, what)
     if s.grad_checkpoint:
         recompute_blocks(core, True)
     if s.compile:
@@ -677,11 +678,11 @@ def clear_gradients(model, optimizer):
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
-def agree(number):
+def agree(value):
     """Rank 0's integer, on every rank."""
     if WORLD == 1:
-        return number
-    box = torch.tensor(int(number), device="cuda" if torch.cuda.is_available() else "cpu")
+        return value
+    box = torch.tensor(int(value), device="cuda" if torch.cuda.is_available() else "cpu")
     dist.broadcast(box, 0)
     return int(box)
 
@@ -819,12 +820,12 @@ class Images(Dataset):
 
     def load(self, index, augment=True):
         """One image, uint8 (3, side, side), or None if it cannot be decoded; and its name."""
-        number, offset, size = self.entries[index].tolist()
-        path = os.fsdecode(self.files[number].tobytes().rstrip(b"\0"))
+        place, offset, size = self.entries[index].tolist()
+        path = os.fsdecode(self.files[place].tobytes().rstrip(b"\0"))
         name = path if size == WHOLE else f"{path} at byte {offset}"
         try:
             with open(path, "rb") as stream:
-                stamp = tuple(self.stamps[number])
+                stamp = tuple(self.stamps[place])
                 if size != WHOLE and stamp_of(stream.fileno()) != stamp:
                     raise UserError(f"data: {path} is not what it was when the run began: put the "
                                     "shard back, or choose another --out")
@@ -1270,6 +1271,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, 
                "RTX 4090": 165}  # dense bf16, from the vendor's datasheets
 
 
+@torch.compiler.set_stance("force_eager")  # compiled blocks hide their work from the counter
 def print_bench(s, core, log, device):
     """Speed, memory and MFU, from the rows of the log but the first."""
     column = log.columns.index("images_per_s")
@@ -1324,7 +1326,7 @@ def check_same_run(s, data, pretrained):
                         "give it the same again, or choose another --out")
 
 
-def hold_out(s):
+def lock_folder(s):
     """Make the run's folder and hold it while this process lives: a second run there is refused."""
     import fcntl  # which Windows lacks
     others = {1: ["e2e"], 2: ["e2e"], "e2e": ["stage1", "stage2"]}[s.stage]
