@@ -232,12 +232,39 @@ def assert_close(a, b, tolerance=1e-4):
     assert (a - b).norm() <= tolerance * b.norm()
 
 
+def refused(call, subject, *words):
+    """call(subject) ends in a UserError: one line, which names the subject and says the words."""
+    with pytest.raises(UserError) as error:
+        call(subject)
+    assert_one_line(error, subject, *words)
+
+
 def assert_one_line(error, *words):
-    """A UserError's message is one line that holds all these words."""
     message = str(error.value)
     assert "\n" not in message
     for word in words:
         assert str(word) in message, message
+
+
+def watch(monkeypatch, owner, name):
+    """Let owner.name do what it does; a list of its arguments, filled at each call."""
+    real, calls = getattr(owner, name), []
+
+    def watched(*arguments, **more):
+        calls.append(arguments)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
+
+
+def fails(error):
+    """What raises this error, whatever it is called with."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def tiny_model(world, kind="rf", clip="tiny-clip", **options):
@@ -355,12 +382,6 @@ def test_the_full_size_autoencoders_are_the_published_ones(name):
 LOAD = {"vae": load_vae, "vqgan": vqgan_file.load_vqgan}
 CONV_IN, BIAS, Q = "encoder.conv_in.weight", "encoder.conv_in.bias", "decoder.mid.attn_1.q.weight"
 CODES, BLOCK = "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"
-
-
-def refused(load, path, *words):
-    with pytest.raises(UserError) as error:
-        load(path)
-    assert_one_line(error, path, *words)
 
 
 def save_changed(tensors, changes, path):
