@@ -142,6 +142,7 @@ def add_run(add):
     add("stage", None, "all: 1, 2, and the benchmark (default: all; bench: 1)",
         choices=["1", "2", "e2e", "all"])
     add("denoiser", "rf", "continuous or discrete", choices=["rf", "perceiver"])
+    # A new backbone is a row of BACKBONES in genhancer.py, or any MODEL:TAG that open_clip lists.
     add("backbone", "openai-l14-224", f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG",
         type=nonempty)
     add("clip-weights", None, "CLIP's file or HuggingFace folder; else downloaded", type=nonempty)
@@ -365,7 +366,8 @@ def train_stage(s, device):
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
     check_same_run(s, data, pretrained)
     if agree(RANK == 0 and is_whole(result_of(s))):
-        return say(f"stage {s.stage} is finished: {result_of(s)}")
+        say(f"stage {s.stage} is finished: {result_of(s)}")
+        return
     heldout = load_heldout(s, data)
     core = build_model(s, pretrained, device)  # the GenHancer; CLIP is frozen, or gets LoRA
     model = distribute(s, core, device)        # the same model, wrapped for several processes
@@ -407,7 +409,8 @@ def train_stage(s, device):
     checkpoints.finish()
     log.bar.close()
     if s.preset == "bench":
-        return print_bench(s, core, log, device)
+        print_bench(s, core, log, device)
+        return
     write_result(s, model, result_of(s), pretrained.checksums)
     say(f"stage {s.stage} is done: {result_of(s)}; {log.undecodable} images could not be decoded")
 
@@ -430,8 +433,9 @@ def look(s, step, core, model, heldout):
     if s.val:
         losses = [heldout_loss(s, model, heldout, roll) for roll in (0, 1)]
     seed_draws("samples", s.seed, step)
-    batch = heldout[:8].to(core.mean.device).float() / 255
-    with autocast(s, batch.device):
+    device = next(core.parameters()).device
+    batch = heldout[:8].to(device).float() / 255
+    with autocast(s, device):
         columns = [batch, core.reconstruct(batch)]
         if s.denoiser == "perceiver":
             columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
@@ -488,7 +492,6 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(s):
     """The CLIP, the autoencoder and the weights to start from; UserError where they do not fit."""
-    # A new backbone is a row of BACKBONES in genhancer.py, or --backbone MODEL:TAG of open_clip.
     clip, _, _ = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")
     autoencoder = load_autoencoder(s)
     side = image_side(clip.visual)
@@ -711,8 +714,6 @@ def seed_draws(stream, *key):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OTHER_SUFFIXES = (".jfif", ".jpe", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
-KINDS = {".tar": "shard", "": "image"}  # the common downloader of CC3M saves without a suffix
-KINDS |= dict.fromkeys(IMAGE_SUFFIXES, "image") | dict.fromkeys(OTHER_SUFFIXES, "other")
 WHOLE = -1  # the size of an entry that is a whole file
 
 
@@ -929,10 +930,11 @@ def find_images(paths):
         else:
             raise UserError(f"data not found at {path}: name folders of images, or tar shards "
                             "(the README says how to get CC3M)")
-        kinds = {"shard": [], "image": [], "other": [], None: []}
-        for name in found:
-            kinds[KINDS.get(os.path.splitext(name)[1].lower())].append(name)
-        tars, pictures = kinds["shard"], kinds["image"]
+        tars = [name for name in found if name.lower().endswith(".tar")]
+        pictures = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
+        others += sum(name.lower().endswith(OTHER_SUFFIXES) for name in found)
+        if not tars:  # a common downloader of CC3M saves images without a suffix
+            pictures += [name for name in found if not os.path.splitext(name)[1]]
         if tars and pictures:
             raise UserError(f"data: {path} holds {len(tars)} tar shards and {len(pictures)} "
                             f"images, {tars[0]} and {pictures[0]} among them: name the shards or "
@@ -941,8 +943,7 @@ def find_images(paths):
             raise UserError(f"data: no image and no .tar in {path}: name folders of images, or tar "
                             "shards, with --data")
         shards += tars
-        images += pictures
-        others += len(kinds["other"])
+        images += sorted(pictures)
     if others:
         say(f"data: {others} files of other kinds ({', '.join(OTHER_SUFFIXES)}) are left out")
     return shards, images
@@ -1242,14 +1243,17 @@ def write_result(s, model, path, checksums=None):
 def trained_clip(s, weights):
     """The backbone's CLIP with the trained weights of its visual tower, LoRA merged in float32."""
     clip = load_clip(s.backbone, s.clip_weights)[0]
-    if not s.no_lora:
+    if s.no_lora:
+        clip.visual.requires_grad_(True)
+    else:
         inject_lora(clip.visual)
     prefix = "visual."
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
            if name.startswith(prefix)}
-    unexpected = clip.visual.load_state_dict(own, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"unexpected weight {unexpected[0]}")
+    expected = {name for name, p in clip.visual.named_parameters() if p.requires_grad}
+    if own.keys() != expected:
+        raise ValueError(f"other weights than expected: {own.keys() ^ expected}")
+    clip.visual.load_state_dict(own, strict=False)  # the frozen is not among them
     merge_lora(clip.visual)
     return clip
 
@@ -1306,7 +1310,8 @@ MOVABLE = {
 
 
 def check_same_run(s, data, pretrained):
-    """A stage's folder holds one run: UserError if it was begun with other settings."""
+    """A stage's folder holds one run, whose settings.json this writes: UserError if it was begun
+    with other settings."""
     if RANK > 0 or s.preset == "bench":
         return
     settings = {key: value for key, value in vars(s).items() if key not in MOVABLE}
@@ -1316,7 +1321,8 @@ def check_same_run(s, data, pretrained):
         settings[f"checksum of the {name}"] = value
     path = os.path.join(folder_of(s), "settings.json")
     if not os.path.exists(path):
-        return write_json(path, settings)
+        write_json(path, settings)
+        return
     before = read_json(path)
     names = sorted(before.keys() | settings.keys())
     changed = [f"{name} was {before.get(name)}, is {settings.get(name)}"
