@@ -2537,14 +2537,12 @@ def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
     crops = data[0, 0, 0, 100 * [0]][0].float()
     spans = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2] / 255
     areas = spans.prod(1)
-    assert 0.86 < areas.min() < 0.9 < areas.max() <= 1
-    assert spans.min() > 0.8
-    assert areas.unique().numel() > 20
+    assert 0.86 < areas.min() < 0.9 < areas.median() < areas.max() <= 1
 
 
 def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypatch):
     """Among them an EPS by another name, which Pillow would have Ghostscript run."""
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fails(KeyboardInterrupt))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fails(pytest.fail.Exception("it was run")))
     folder = tmp_path / "zoo"
     folder.mkdir()
     noise = noise_image(np.random.default_rng(0), 48, 64)
@@ -2558,16 +2556,17 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
     for value, kind in ((40_000, np.int32), (-5, np.int32), (0.5, np.float32)):
         grey(value, kind).save(folder / f"bad{value}.tiff")  # they do not say what white is
     good = jpeg(noise)
-    for number, content in enumerate((b"", b"no image", good[:len(good) // 2])):
-        (folder / f"bad{number}.png").write_bytes(content)
-    write_shard(tmp_path / "0.tar", [good, b"junk", good, b"", good[:300]])
+    half = good[:len(good) // 2]
+    write_shard(tmp_path / "0.tar", [good, b"junk", good, b"", good[:300], half])
     data = open_images([folder, tmp_path / "0.tar"], tmp_path, 32)
     images, undecodable = data[0, 0, 0, list(range(len(data)))]
-    assert images.shape == (10 + 7 + 5, 3, 32, 32)
+    assert images.shape == (10 + 4 + 6, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert len(set(undecodable)) == 7 + 3
-    assert sum("tar at byte" in name for name in set(undecodable)) == 3
-    assert sum("bad" in name for name in set(undecodable)) == 7
+    assert len(set(undecodable)) == 4 + 4
+    assert sum("bad" in name for name in set(undecodable)) == 4
+    assert sum("0.tar at byte" in name for name in set(undecodable)) == 4
+    alone = open_images([folder / "bad.jpg"], tmp_path)
+    refused(lambda _: alone[0, 0, 0, [0]], folder / "bad.jpg", "100 images in a row cannot be")
 
 
 @pytest.fixture
@@ -2588,17 +2587,9 @@ def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
     drawn = watch(monkeypatch, data, "load")
     images, undecodable = data[0, 0, 0, list(range(30, 70))]
     assert len(undecodable) == sum(40 <= index < 60 for index, in drawn) < 30
-    stand_ins = images[10:30, 0].float().mean((1, 2)).round().unique()
-    assert len(stand_ins) > 10
+    assert len(images[10:30, 0].float().mean((1, 2)).round().unique()) > 10
     assert torch.equal(images, data[0, 0, 0, list(range(30, 70))][0])
     assert not torch.equal(images, data[0, 0, 1, list(range(30, 70))][0])
-
-
-def test_data_without_a_good_image_is_one_line(tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_text("no image")
-    data = open_images([path], tmp_path)
-    refused(lambda _: data[0, 0, 0, [0]], path, "100 images in a row cannot be decoded")
 
 
 def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
@@ -2612,12 +2603,11 @@ def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
 def test_many_shards_are_indexed_in_their_order(tmp_path):
     """And a worker is sent the place of the index alone."""
     contents = [[f"{shard} {i}".encode() for i in range(shard)] for shard in range(9)]
-    shards = [tmp_path / "data" / f"{shard}.tar" for shard in range(9)]
-    for shard, images in zip(shards, contents, strict=True):
-        write_shard(shard, images)
+    for shard, images in enumerate(contents):
+        write_shard(tmp_path / "data" / f"{shard}.tar", images)
     data = open_images([tmp_path / "data"], tmp_path)
-    bytes_of = [shard.read_bytes() for shard in shards]
-    found = [bytes_of[place][start:start + size] for place, start, size in data.entries]
+    tars = [path.read_bytes() for path in sorted((tmp_path / "data").iterdir())]
+    found = [tars[place][start:start + size] for place, start, size in data.entries]
     assert found == sum(contents, [])
     sent = pickle.dumps(data)
     assert len(sent) < data.entries.nbytes
@@ -2625,28 +2615,27 @@ def test_many_shards_are_indexed_in_their_order(tmp_path):
 
 
 def test_data_is_indexed_once_and_anew_when_it_or_the_index_changes(shard, tmp_path, monkeypatch):
-    """And has the same fingerprint wherever it lies, until it changes."""
+    """Its fingerprint changes with it, and is the same wherever it lies."""
     indexed = watch(monkeypatch, train, "index_shard")
     before = open_images([shard], tmp_path).fingerprint()
     assert open_images([shard], tmp_path).fingerprint() == before
     assert len(indexed) == 1
     (tmp_path / "index.safetensors").write_bytes(b"torn")
     assert open_images([shard], tmp_path).fingerprint() == before
-    shutil.copytree(shard.parent, tmp_path / "moved")
-    assert open_images([tmp_path / "moved"], tmp_path).fingerprint() == before
     write_shard(shard, 6 * [b"an image"])
-    assert open_images([shard], tmp_path).fingerprint() != before
+    after = open_images([shard], tmp_path).fingerprint()
+    assert after != before
+    shutil.copytree(shard.parent, tmp_path / "moved")
+    assert open_images([tmp_path / "moved"], tmp_path).fingerprint() == after
 
 
 def test_workers_that_are_not_forked_give_the_same_images(shard, tmp_path, monkeypatch):
     data = open_images([shard], tmp_path)
     s = settings("--workers", 1, "--batch-size", 2, "--accum", 1)
-    batches = []
-    for method in ("fork", "forkserver"):
-        monkeypatch.setattr(train, "start_method", lambda method=method: method)
-        loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
-        batches.append(torch.stack([images for images, _ in loader]))
-    assert torch.equal(*batches)
+    monkeypatch.setattr(train, "start_method", lambda: "forkserver")
+    loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
+    for (images, _), key in zip(loader, train.batch_keys(s, 6, 0, 2), strict=True):
+        assert torch.equal(images, data[key][0])
 
 
 def test_a_process_that_may_hold_cuda_is_not_forked(monkeypatch):
@@ -2673,7 +2662,6 @@ def sparse_member():
     lambda shard, starts: os.truncate(shard, starts[9]),
     lambda shard, starts: os.truncate(shard, starts[9] + 512),
     lambda shard, starts: os.truncate(shard, starts[9] + 600),
-    lambda shard, starts: os.truncate(shard, starts[17] + 513),
     lambda shard, starts: os.truncate(shard, starts[17] + 1024),
     lambda shard, starts: spoil(shard, starts[9] + 148, b"0000000"),  # the header's checksum
     lambda shard, starts: spoil(shard, starts[9], bytes(512)),
@@ -3699,18 +3687,16 @@ def test_a_lone_variable_of_torchrun_is_one_line(monkeypatch, name):
 
 def test_an_out_that_a_node_does_not_see_is_one_line(shard, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RANK", 8)
-    says = ("rank 8", "an --out that all nodes share")
-    refused(lambda path: open_images([shard], path), tmp_path, *says)
-
-
-def imported_on_windows():
-    sys.modules |= {"fcntl": None, "resource": None}
-    sys.platform = "win32"
-    importlib.reload(train).main([])
+    refused(lambda path: open_images([shard], path), tmp_path, "rank 8", "that all nodes share")
 
 
 def test_windows_is_refused_in_one_line(tmp_path):
-    process = in_a_process(tmp_path / "said", imported_on_windows)
+    def start_on_windows():
+        sys.modules |= {"fcntl": None, "resource": None}
+        sys.platform = "win32"
+        importlib.reload(train).main([])
+
+    process = in_a_process(tmp_path / "said", start_on_windows)
     process.join()
     assert process.exitcode == 2
     line = one_line((tmp_path / "said").read_text())
@@ -3900,7 +3886,7 @@ def test_a_rank_that_dies_is_one_line(world, tmp_path):
 
 # ------------------------------------------------------------------ users' mistakes
 
-NO_VALUES = {  # what is said of values that an option does not take
+REFUSED_VALUES = {  # what is said of values that an option does not take
     "invalid choice": ["--stage 3", "--denoiser gan", "--preset big"],
     "invalid number value: 'many'": ["--steps many"],
     "is out of range": [
@@ -3914,7 +3900,7 @@ NO_VALUES = {  # what is said of values that an option does not take
 
 
 @pytest.mark.parametrize("typed, says", [
-    (typed, says) for says, values in NO_VALUES.items() for typed in values])
+    (typed, says) for says, values in REFUSED_VALUES.items() for typed in values])
 def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     option = re.split("[ =]", typed)[0]
     refused(lambda _: settings(*typed.split()), f"{option}: ", says)
@@ -3944,12 +3930,10 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
     ("--data WORLD/tiny-clip.json", "no image and no .tar"),
-    ("--val nowhere", "data not found at nowhere"),
+    ("--val nowhere --data WORLD/empty", "data not found at nowhere"),
     ("--init nowhere", "FLUX's weights not found at 'nowhere'"),
-    ("--init WORLD/vae.safetensors", "FLUX's weights .*missing"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*missing"),
     ("--stage 2", "run --stage 1 first"),
-    ("--stage 2 --init WORLD/vae.safetensors", "stage 1's weights .*missing"),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*missing"),
     ("--stage 2 --init WORLD/damaged.safetensors", "is damaged.*: run --stage 1 first, or again"),
     ("--stage all", "Questions.csv not found"),
@@ -3981,8 +3965,7 @@ def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path,
     toy = gh.load_clip("toy", random=True)
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: toy)
     s = settings(*arguments(world, tmp_path, "--backbone", "RN50-quickgelu:openai"))
-    says = ("RN50-quickgelu:openai", "does not fit into HuggingFace's format")
-    refused(lambda _: train.load_pretrained(s), *says)
+    refused(lambda _: train.load_pretrained(s), "RN50-quickgelu:openai does not fit")
 
 
 @pytest.mark.parametrize("typed, says", [
@@ -4005,8 +3988,7 @@ def test_a_run_goes_on_with_its_own_settings_only(world, stub_run, capsys, typed
     (2, "--vqgan", "quantize.embedding.weight", "stage 2 has another autoencoder than"),
     (2, "--init", "denoiser.head.bias", "checksum of the weights to start from was"),
 ])
-def test_other_weights_are_another_run(
-        world, trained, tmp_path, capsys, stage, option, key, says):
+def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, option, key, says):
     """Of the same names and sizes, and of the same values but for one."""
     shutil.copytree(trained / "perceiver", tmp_path / "run")
     tensors = load_file({
@@ -4032,7 +4014,6 @@ def test_other_weights_are_another_run(
     ("--stage e2e --preset toy --denoiser perceiver", dict(steps=500, width=128)),
     ("--preset toy --steps 7", dict(steps=7)),
     ("--preset toy --epochs 2", dict(steps=None, epochs=2)),
-    ("--preset toy --denoiser perceiver --epochs 2", dict(steps=None, epochs=2)),
     ("--preset bench --steps 300", dict(stage=1, steps=300, accum=2, data=[])),
 ])
 def test_defaults_follow_from_preset_denoiser_and_stage(typed, expected):
