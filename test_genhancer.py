@@ -3350,8 +3350,7 @@ def told(said, work, *more):
     if not open_clip.get_model_config("tiny-clip"):  # this process was not forked
         register(os.environ["TINY_WORLD"])
     with open(said, "w", buffering=1) as file:
-        sys.stdout = file
-        sys.stderr = file
+        sys.stdout = sys.stderr = file
         work(*more)
 
 
@@ -3377,29 +3376,27 @@ def killed_at(step, work, *more):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("run, stage", [("rf", 2), ("perceiver", 1)])
+@pytest.mark.parametrize("run, stage", [(rf, 2), (perceiver, 1)])
 def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, device, run, stage):
     """On a GPU, in nearly the same losses."""
     def status(out, *work):
         if stage == 2:
-            shutil.copytree(trained / run / "stage1", out / "stage1", dirs_exist_ok=True)
-        options = {"rf": rf, "perceiver": perceiver}[run]
-        argv = options(world, out, "--stage", stage, "--workers", 1)
+            shutil.copytree(whole / "stage1", out / "stage1", dirs_exist_ok=True)
+        argv = run(world, out, "--stage", stage, "--workers", 1)
         process = in_a_process(tmp_path / "said", *work, argv, device=device)
         process.join()
         return process.exitcode
 
-    killed = tmp_path / "killed"
+    whole, killed = trained / run.__name__, tmp_path / "killed"
     assert status(killed, killed_at, 5, train.main) == -signal.SIGKILL
     assert status(killed, train.main) == 0
     assert "resumed from" in (tmp_path / "said").read_text()
     if device == "cuda":
         assert status(tmp_path / "whole", train.main) == 0
-        assert_close_logs(*(tmp_path / name / f"stage{stage}" for name in ("whole", "killed")))
-        return
-    assert_same_run(trained / run, killed, f"stage{stage}")
-    if stage == 2:
-        assert_same_bytes(trained / run, killed, "clip.safetensors", "hf/model.safetensors")
+        assert_close_logs(tmp_path / "whole" / f"stage{stage}", killed / f"stage{stage}")
+    else:
+        results = ("clip.safetensors", "hf/model.safetensors") if stage == 2 else ()
+        assert_same_run(whole, killed, f"stage{stage}", *results)
 
 
 def assert_close_logs(one, other):
@@ -3420,15 +3417,11 @@ def test_an_exported_clip_is_evaluated(world, trained, tmp_path, device):
     assert json.loads((tmp_path / "it.json").read_text())["after"]["patterns"] == after["patterns"]
 
 
-def assert_same_bytes(one, other, *names):
-    for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-
-
-def assert_same_run(one, other, stage):
-    """Checkpoints, pictures and losses are the same to the last bit."""
-    names = [path.relative_to(one) for path in (one / stage).rglob("*") if path.is_file()]
-    assert_same_bytes(one, other, *[name for name in names if name.name != "log.csv"])
+def assert_same_run(one, other, stage, *results):
+    """Checkpoints, pictures, losses and results are the same to the last bit."""
+    files = [path for path in (one / stage).rglob("*") if path.is_file() and path.suffix != ".csv"]
+    for path in files + [one / name for name in results]:
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
     for row, same in zip(read_log(one / stage), read_log(other / stage), strict=True):
         for name in ("step", "epoch", "loss", "grad_norm", "lr", "heldout"):
             assert row[name] == same[name]
@@ -3483,7 +3476,7 @@ def stopped(stub_run, tmp_path):
 
 
 def go_on(world, stub_run, out, capsys, start, *more):
-    """Go on from the steps in `start`, one or none, to the end of `stub_run`; what is said."""
+    """Go on from the steps in `start`, one or none, and end as `stub_run`; what the run says."""
     capsys.readouterr()
     train_stub(world, out, *more)
     said = capsys.readouterr().out
@@ -3631,7 +3624,7 @@ def test_what_a_killed_run_was_writing_is_removed(world, stopped):
 def write_bad_data(folder, every):
     """60 images, of which each so many-th cannot be decoded."""
     images = [jpeg(Image.new("RGB", (9, 9), (4 * i, 0, 0))) for i in range(60)]
-    images[::every] = [b"bad"] * (60 // every)
+    images = [image if i % every else b"bad" for i, image in enumerate(images)]
     write_shard(folder / "0.tar", images)
     return folder
 
@@ -4868,9 +4861,9 @@ def test_a_batch_that_does_not_fit_is_one_line(comparison, monkeypatch, capsys):
 
 # ------------------------------------------------------------------ no step waits for the device
 
-class Apart(TorchDispatchMode):
-    """Refuses what a GPU's host would wait for, of what the meta device does: copies from the host
-    and to it, unless they are asked not to block, and assignments to where a mask is True."""
+class RefuseWaits(TorchDispatchMode):
+    """Refuses what the meta device allows, and for which a GPU's host would wait: copies between
+    the two that may block, and assignments by a mask."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -4884,15 +4877,15 @@ class Apart(TorchDispatchMode):
         return result
 
 
-def train_for_a_step(world, out, monkeypatch, *more):
-    """Train on the meta device, whose tensors have no values: the loop, from its images on, fails
-    where it would wait for a GPU's. InterruptedError after the optimizer's step."""
+def train_for_a_step(world, out, monkeypatch, kind):
+    """Train on the meta device, whose tensors have no values: from its images on, the loop fails
+    where it would wait for a GPU. InterruptedError after the optimizer's step."""
     load_batches = train.load_batches
     watching = ExitStack()
 
     def load_then_watch(*args):
         batches = list(load_batches(*args))
-        watching.enter_context(Apart())
+        watching.enter_context(RefuseWaits())
         monkeypatch.setattr(torch, "tensor", fails(AssertionError("it copies Python's numbers")))
         return iter(batches)
 
@@ -4902,16 +4895,16 @@ def train_for_a_step(world, out, monkeypatch, *more):
     # PyTorch has neither for this device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: None)
+    # "e2e" trains what stage 2 trains, without a stage 1 before it.
+    options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
     with watching:
-        train.run(arguments(world, out, *more))
+        train.run(arguments(world, out, *options))
 
 
 @both_denoisers
 def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
-    # "e2e" trains what stage 2 trains, without a stage 1 before it.
-    options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
     with pytest.raises(InterruptedError):
-        train_for_a_step(world, tmp_path, monkeypatch, *options)
+        train_for_a_step(world, tmp_path, monkeypatch, kind)
 
 
 @pytest.mark.parametrize("wait", [
@@ -4926,7 +4919,7 @@ def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind)
 def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
     monkeypatch.setattr(train.Log, "add", lambda log, losses, *_: wait(losses))
     with pytest.raises((RuntimeError, AssertionError)):
-        train_for_a_step(world, tmp_path, monkeypatch, "--stage", 1)
+        train_for_a_step(world, tmp_path, monkeypatch, "rf")
 
 
 @pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
