@@ -1573,16 +1573,16 @@ def test_flux_equals_fluxs_own_code(case):
         axes_dim=(8, 8, 8),
     )
     flux = fill(gh.Flux(config), 0.1)
-    names = ("latent", *(f"{case}.{name}" for name in ("timesteps", "context", "vec")))
+    names = ("latent", f"{case}.timesteps", f"{case}.context", f"{case}.vec")
     inputs = [tensors[name] for name in names]
     velocity = tensors[f"{case}.velocity_latent"]
     assert_close(flux(*inputs), velocity)
     # The positions of context tokens are zero by default, and belong to their image.
     context_ids = torch.zeros(*inputs[2].shape[:2], 3)
     context_ids[1] = 1
-    moved = flux(*inputs, context_ids=context_ids)
-    assert_close(moved[0], velocity[0])
-    assert (moved[1] - velocity[1]).norm() > 1e-3 * velocity[1].norm()
+    moved = flux(*inputs, context_ids=context_ids) - velocity
+    assert moved[0].norm() <= 1e-4 * velocity[0].norm()
+    assert moved[1].norm() > 1e-3 * velocity[1].norm()
 
 
 def test_rotary_positions_turn_complex_numbers():
@@ -1591,7 +1591,7 @@ def test_rotary_positions_turn_complex_numbers():
     # A head of 8: 2 features for the unused axis, 2 for the row and 4 for the column.
     cos, sin = gh.rotary_table(ids, (2, 2, 4), 10_000)
     angles = torch.tensor([[0, 3, 5, 0.05], [0, 1, 2, 0.02]])
-    turned = torch.view_as_complex(x.view(2, 4, 2)) * torch.polar(torch.ones(2, 4), angles)
+    turned = torch.view_as_complex(x.view(2, 4, 2)) * torch.exp(1j * angles)
     assert_close(gh.rotate(x, cos, sin), torch.view_as_real(turned).flatten(1), 1e-5)
 
 
@@ -1599,7 +1599,7 @@ def test_queries_and_keys_are_normalised_in_float32():
     x = torch.randn(3, 8).bfloat16()
     normed = gh.RMSNorm(8).bfloat16()(x)
     assert normed.dtype == torch.float32
-    assert_close(normed, x.float() / x.float().square().mean(-1, keepdim=True).sqrt(), 1e-5)
+    assert_close(normed, math.sqrt(8) * F.normalize(x.float(), dim=-1), 1e-5)
 
 
 def test_the_defaults_are_the_published_ones(world):
@@ -1657,8 +1657,8 @@ def test_the_perceiver_equals_its_description_with_torchs_own_attention(n):
     assert len(predicted[0][0]) == mask.sum()  # the wide head is not computed for the others
     codes = perceiver.codebook[indices]
     x = torch.where(mask[..., None], perceiver.mask_token, perceiver.token_in(codes))
-    place, side = torch.arange(n), math.isqrt(n)
-    x = x + gh.sincos_embedding(torch.stack([place // side, place % side], dim=-1), 32)
+    steps = torch.arange(math.isqrt(n))
+    x = x + gh.sincos_embedding(torch.cartesian_prod(steps, steps), 32)
     for layer in perceiver.layers:
         attention = nn.MultiheadAttention(32, 2, batch_first=True)
         attention.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.kv.weight]))
@@ -1727,15 +1727,6 @@ def test_a_step_in_bf16_is_near_one_in_float32(world, monkeypatch, kind, device)
 
 # ------------------------------------------------------------------ the backbones
 
-SIX_BACKBONES = {  # an image's side and patches, the towers' activation; the parameters of the
-    # model and of its visual tower, the matrices that LoRA adapts, and its parameters
-    "openai-l14-224": (224, 256, "quick_gelu", 427_616_513, 303_966_208, 145, 7_106_560),
-    "openai-l14-336": (336, 576, "quick_gelu", 427_944_193, 304_293_888, 145, 7_106_560),
-    "metaclip-l14-224": (224, 256, "quick_gelu", 427_616_513, 303_966_208, 145, 7_106_560),
-    "metaclip-h14-224": (224, 256, "quick_gelu", 986_109_441, 632_076_800, 193, 11_833_344),
-    "siglip-so400m-224": (224, 256, "gelu", 877_360_306, 427_680_704, 168, 9_017_344),
-    "siglip-so400m-384": (384, 729, "gelu", 877_960_498, 428_225_600, 168, 9_017_344),
-}
 OPENAI, SIGLIPS = open_clip.OPENAI_DATASET_MEAN, (0.5, 0.5, 0.5)
 
 
@@ -1747,9 +1738,18 @@ def full_size(name):
         return gh.create_clip(gh.find_backbone(name))
 
 
-@pytest.mark.parametrize("name", SIX_BACKBONES)
-def test_the_six_backbones_are_the_papers_with_lora_and_in_huggingfaces_format(name):
-    side, patches, activation, *sizes = SIX_BACKBONES[name]
+@pytest.mark.parametrize("name, side, patches, activation, sizes", [
+    # The sizes: parameters of the model and of its visual tower, LoRA's matrices and parameters.
+    ("openai-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
+    ("openai-l14-336", 336, 576, "quick_gelu", [427_944_193, 304_293_888, 145, 7_106_560]),
+    ("metaclip-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
+    ("metaclip-h14-224", 224, 256, "quick_gelu", [986_109_441, 632_076_800, 193, 11_833_344]),
+    ("siglip-so400m-224", 224, 256, "gelu", [877_360_306, 427_680_704, 168, 9_017_344]),
+    ("siglip-so400m-384", 384, 729, "gelu", [877_960_498, 428_225_600, 168, 9_017_344]),
+])
+def test_the_six_backbones_are_the_papers_with_lora_and_in_huggingfaces_format(
+    name, side, patches, activation, sizes
+):
     assert open_clip.is_pretrained_cfg(*gh.find_backbone(name))
     clip = full_size(name)
     assert gh.image_side(clip.visual) == side
@@ -1887,8 +1887,7 @@ def test_what_the_hub_does_not_give_is_one_line(world, monkeypatch, caplog):
     monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
     tokenizer = gh.load_clip("tiny-siglip", world / "tiny-siglip.safetensors")[2]
     refused(lambda _: tokenizer(["a cat"]), "tiny-siglip", "no network", "pip install transformers")
-    says = ("ViT-L-14-quickgelu", "'openai'", "no network")
-    refused(lambda _: gh.load_clip("openai-l14-224"), *says)
+    refused(lambda _: gh.load_clip("openai-l14-224"), "ViT-L-14-quickgelu", "'openai': no network")
     assert not caplog.records  # open_clip would log it too
 
 
@@ -1908,7 +1907,7 @@ def assert_same_weights(clip, other):
 
 BESIDE = {  # what a training program saves beside its weights, and runs nothing
     "args": argparse.Namespace(lr=1e-4),
-    "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4}]},
+    "optimizer": {"state": {0: torch.tensor(1.0)}, "param_groups": [{"lr": 1e-4}]},
     "best": np.float64(0.5),
     "epoch": np.int64(3),
     "log": OrderedDict(loss=[1.0]),
@@ -1917,7 +1916,7 @@ BESIDE = {  # what a training program saves beside its weights, and runs nothing
 
 @both_families
 @pytest.mark.parametrize("prefix, key, beside", [
-    # the prefix of the CLIP's names, the name of the state dict, tensors that stand beside
+    # The prefix of the CLIP's names, the name of the state dict, how many tensors stand beside.
     ("", None, 0),
     ("module.", "state_dict", 0),
     ("_orig_mod.", "model", 0),
@@ -1947,7 +1946,7 @@ K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     (K_WEIGHT, torch.zeros(64, 32), f"misshapen {K_WEIGHT} (64, 32) for (64, 64)"),
     (K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
     ("text_model.more", torch.zeros(1), "unexpected text_model.more"),
-    ("ema.visual.conv1.weight", torch.zeros(1), "several CLIPs (ema.visual.conv1.weight and visi"),
+    ("ema.visual.conv1.weight", torch.zeros(1), "several CLIPs (ema.visual.conv1.weight and "),
 ])
 def test_a_spoilt_clip_is_refused(exported, tmp_path, name, value, says):
     weights = load_file(exported / "tiny-clip" / "model.safetensors")
@@ -2108,22 +2107,21 @@ def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
 def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, clip, file, save):
     weights = load_file(exported / clip / "model.safetensors")
     weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # older ones have it
-    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    whole.mkdir()
+    save(weights, tmp_path / file)
+    sharded = tmp_path / "sharded"
     sharded.mkdir()
-    save(weights, whole / file)
     shards = {name: f"{i % 3}-{file}" for i, name in enumerate(weights)}
     (sharded / f"{file}.index.json").write_text(json.dumps({"weight_map": shards}))
     for shard in set(shards.values()):
         save({n: weights[n] for n in weights if shards[n] == shard}, sharded / shard)
     # A larger program's configuration says nothing of its CLIP.
     (sharded / CONFIG).write_text('{"model_type": "llava", "hidden_act": "silu"}')
-    for path in (whole / file, whole, sharded):
+    for path in (tmp_path / file, tmp_path, sharded):
         assert_same_weights(gh.load_clip(clip, path)[0], load_tiny(world, clip))
 
 
 @pytest.mark.parametrize("prefix, projected, rest", [
-    # the prefix of a vision tower alone, whether it has its projection, whence the rest is
+    # The prefix of the tower's names, whether its projection is there, what the backbone adds.
     ("vision_model.", False, "text tower and visual projection"),
     ("", False, "text tower and visual projection"),  # transformers 5 saves it so
     ("model.vision_tower.vision_tower.vision_model.", False, "text tower and visual projection"),
