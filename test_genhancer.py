@@ -3787,6 +3787,7 @@ def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
     expected = load_file(single / name)
     assert any("lora_B" in key for key in expected)
     for out in runs:
+        assert_close_logs(single / "e2e", out / "e2e")
         weights = load_file(out / name)
         assert weights.keys() == expected.keys()
         for key in weights:
