@@ -2980,23 +2980,22 @@ def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world
         assert_close(clip.visual(images), model.eval().visual(images), 1e-5)
     exported = load_file(trained / "rf" / "hf" / "model.safetensors")
     assert torch.equal(exported["visual_projection.weight"], clip.visual.proj.T)
+    _, about = gh.read_weights(path, "the result")
+    assert about == {}  # nothing of time or place
 
 
 def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     def loaded(name, weights):
         return types.SimpleNamespace(to=lambda device: weights), None, None
 
-    def evaluated(weights, *_):
-        return dict.fromkeys(("average", "patterns", "zeroshot"), weights)
-
+    shown = ("average", "patterns", "zeroshot")
     monkeypatch.setattr(train, "load_clip", loaded)
-    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(train, "evaluate", lambda it, *_: dict.fromkeys((*shown, "more"), it))
     monkeypatch.setattr(train, "print_table", lambda *_: None)
-    s = settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original")
-    train.compare(s, None)
+    train.compare(settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original"), None)
     result = json.loads((tmp_path / "result.json").read_text())
-    enhanced = str(tmp_path / "clip.safetensors")
-    assert result == {"before": evaluated("original"), "after": evaluated(enhanced)}
+    assert result["before"] == dict.fromkeys(shown, "original")
+    assert result["after"] == dict.fromkeys(shown, str(tmp_path / "clip.safetensors"))
 
 
 @pytest.mark.parametrize("run, level, rates, sampled, columns", [
