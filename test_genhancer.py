@@ -2969,7 +2969,7 @@ def test_lora_and_proj_alone_change_in_clip(world, trained):
 
 
 def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world, trained):
-    """Whose LoRA was not merged."""
+    """That tower's LoRA is not merged."""
     path = str(trained / "rf" / "clip.safetensors")
     clip = open_clip.create_model("tiny-clip", pretrained=path).eval()
     _, model = built(world, trained / "rf", "--stage", 2)
@@ -3025,8 +3025,8 @@ def test_a_finished_run_is_left_alone(world, trained, capsys):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compile_changes_no_loss_and_draws_no_picture(world, tmp_path, monkeypatch, device):
-    """On a GPU by inductor: a process there is not forked, and does not know this backend."""
+def test_compile_changes_no_loss_and_leaves_pictures_alone(world, tmp_path, monkeypatch, device):
+    """A process on a GPU is not forked: it does not have this backend, and compiles by inductor."""
     def backend(graph, _):
         callers = {frame.name for frame in traceback.extract_stack()}
         print("a graph of", "look" if "look" in callers else "training")
