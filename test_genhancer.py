@@ -2507,28 +2507,15 @@ def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monk
 
 def arguments(world, out, *more):
     """A run of six steps on 60 images, with models of about a million parameters."""
-    typed = [
-        "--backbone", "tiny-clip",
-        "--clip-weights", world / "tiny-clip.safetensors",
-        "--vae", world / "vae.safetensors",
-        "--vqgan", world / "vqgan.safetensors",
-        "--data", world / "data",
-        "--out", out,
-        "--width", 128,
-        "--condition", 48, 64,
-        "--depth", 1, 1,
-        "--layers", 2,
-        "--steps", 6,
-        "--batch-size", 2,
-        "--accum", 2,
-        "--workers", 0,
-        "--precision", "fp32",
-        "--save-every", 2,
-        "--log-every", 1,
-        "--sample-every", 3,
-        *more,
-    ]
-    return [str(value) for value in typed]
+    typed = """
+        --backbone tiny-clip --clip-weights {world}/tiny-clip.safetensors
+        --vae {world}/vae.safetensors --vqgan {world}/vqgan.safetensors
+        --data {world}/data --out {out}
+        --width 128 --condition 48 64 --depth 1 1 --layers 2
+        --steps 6 --batch-size 2 --accum 2 --workers 0 --precision fp32
+        --save-every 2 --log-every 1 --sample-every 3"""
+    words = [word.format(world=world, out=out) for word in typed.split()]
+    return words + [str(value) for value in more]
 
 
 def settings(*typed):
@@ -2566,7 +2553,8 @@ def trained(world, tmp_path_factory):
     The network is out of reach all the while.
     """
     out = tmp_path_factory.mktemp("trained")
-    images = [jpeg(noise_image(np.random.default_rng(n), 40, 50)) for n in range(4)]
+    rng = np.random.default_rng(1)
+    images = [jpeg(noise_image(rng, 40, 50)) for _ in range(4)]
     write_shard(world / "val" / "0.tar", images)
     benchmark = write_benchmark(out / "mmvp")
     with pytest.MonkeyPatch.context() as patch:
@@ -2590,359 +2578,9 @@ def trained_weights(folder):
     return {name[len(prefix):]: tensors[name] for name in tensors if name.startswith(prefix)}
 
 
-def test_lora_and_proj_alone_change_in_clip(world, trained):
-    before = load_file(world / "tiny-clip.safetensors")
-    after = load_file(trained / "rf" / "clip.safetensors")
-    assert before.keys() == after.keys()
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(changed) == 2 * 4 + 1  # two blocks: qkv, out, fc, proj; and the tower's proj
-    for name in changed:
-        assert name.startswith("visual.")
-        assert "ln_" not in name and "bias" not in name
-
-
-def test_stage_2_trains_lora_and_the_denoiser_unless_it_is_frozen(trained):
-    before = load_file(trained / "rf" / "stage1" / "last.safetensors")
-    assert {name.split(".")[0] for name in before} == {"denoiser", "projectors"}
-    after = trained_weights(trained / "rf" / "stage2")
-    assert sum("lora" in name for name in after) == 2 * (2 * 4 + 1)
-    assert not any(".base." in name for name in after)
-    weights = [name for name in before if not name.endswith("bias")]
-    assert not any(torch.equal(before[name], after[name]) for name in weights)
-    frozen = trained_weights(trained / "perceiver" / "stage2")
-    assert len(frozen) == 2 * (2 * 4 + 1)
-    assert all("lora" in name for name in frozen)
-
-
-def test_the_result_compares_before_and_after(trained):
-    result = json.loads((trained / "rf" / "result.json").read_text())
-    assert result.keys() == {"before", "after"}
-    for summary in result.values():
-        assert summary.keys() == {"average", "patterns", "zeroshot"}
-        assert summary["patterns"].keys() == {"Colour", "State"}
-
-
-def test_the_result_loads_in_plain_open_clip(world, trained):
-    """It computes what the trained tower did, whose LoRA was not merged."""
-    path = str(trained / "rf" / "clip.safetensors")
-    clip = open_clip.create_model("tiny-clip", pretrained=path).eval()
-    s = train.read_settings(rf(world, trained / "rf"))[1]
-    model = train.build_model(s, train.load_pretrained(s), torch.device("cpu")).eval()
-    weights = trained_weights(trained / "rf" / "stage2")
-    assert not model.load_state_dict(weights, strict=False).unexpected_keys
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert_close(clip.visual(images), model.visual(images), 1e-5)
-    exported = load_file(trained / "rf" / "hf" / "model.safetensors")
-    assert torch.equal(exported["visual_projection.weight"], clip.visual.proj.T)
-
-
-def test_the_result_says_nothing_of_time_or_place(trained):
-    with safe_open(trained / "rf" / "clip.safetensors", "pt") as file:
-        [(name, seal)] = file.metadata().items()
-    seal = json.loads(seal)
-    assert (name, sorted(seal), seal["about"]) == ("genhancer", ["about", "crc32"], {})
-
-
-def test_export_every_writes_whole_clips_along_the_way(trained):
-    path = trained / "rf" / "clip-000004.safetensors"
-    open_clip.create_model("tiny-clip", pretrained=str(path))
-    last = load_file(trained / "rf" / "clip.safetensors")
-    assert not torch.equal(load_file(path)["visual.proj"], last["visual.proj"])
-    assert not list((trained / "perceiver").glob("clip-*"))
-
-
-@pytest.fixture(scope="session")
-def compiled(world, tmp_path_factory):
-    """Stage 1 of the perceiver with --compile, and how many graphs pictures and losses cost."""
-    out = tmp_path_factory.mktemp("compiled")
-    compile_module, look = torch.nn.Module.compile, train.look
-    graphs, graphs_of_look = [], []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
-    def counted_look(*inputs):
-        before = len(graphs)
-        losses = look(*inputs)
-        graphs_of_look.append(len(graphs) - before)
-        return losses
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend=backend))
-        patch.setattr(train, "look", counted_look)
-        train.main(perceiver(world, out, "--stage", 1, "--compile"))
-    assert graphs
-    return out, graphs_of_look
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_compile_gives_the_same_losses(world, trained, compiled, tmp_path, device):
-    plain, out = trained / "perceiver", compiled[0]
-    if device == "cuda":  # there by inductor
-        plain, out = tmp_path / "plain", tmp_path / "compiled"
-        for folder, more in ((plain, ()), (out, ("--compile",))):
-            argv = perceiver(world, folder, "--stage", 1, *more)
-            in_a_process(tmp_path / "said", train.main, argv, device=device).join()
-    assert_close_logs(plain / "stage1", out / "stage1")
-
-
-def test_compile_leaves_pictures_and_heldout_losses_alone(compiled):
-    assert compiled[1] == [0]
-
-
-@pytest.mark.parametrize("run, level", [("rf", "t"), ("perceiver", "mask")])
-def test_the_log_tells_what_happened(trained, run, level):
-    rows = read_log(trained / run / "stage1")
-    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert float(rows[2]["epoch"]) == pytest.approx(3 * 4 / 60, abs=1e-4)
-    for name in ("loss", "grad_norm", "images_per_s", "peak_memory_gb"):
-        assert all(math.isfinite(float(row[name])) for row in rows)
-    bins = [rows[0][f"loss_{level}_{i / 10}"] for i in range(10)]
-    bins = [float(loss) for loss in bins if loss]
-    assert min(bins) <= float(rows[0]["loss"]) <= max(bins)
-    heldout = [bool(row["heldout"] and row["heldout_shuffled"]) for row in rows]
-    assert heldout == (2 * [False, False, True] if run == "rf" else 6 * [False])
-    rates = {"rf": 6 * [1e-4], "perceiver": [1e-5 * step for step in range(1, 7)]}
-    assert [float(row["lr"]) for row in rows] == pytest.approx(rates[run])
-
-
-@pytest.mark.parametrize("run, step, columns", [("rf", 3, 2), ("perceiver", 6, 3)])
-def test_pictures_show_images_and_reconstructions(trained, run, step, columns):
-    picture = Image.open(trained / run / "stage1" / "samples" / f"{step:06}.png")
-    assert picture.width == 2 * columns * (4 * 32 + 2) + 2
-
-
-def test_a_finished_run_is_left_alone(world, trained, capsys):
-    def times():
-        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-    folder = trained / "perceiver" / "stage1"
-    before = times()
-    train.main(perceiver(world, trained / "perceiver", "--stage", 1))
-    assert "stage 1 is finished" in capsys.readouterr().out
-    assert times() == before
-
-
-def test_the_control_conditions_on_another_image(world, tmp_path, monkeypatch):
-    forward = gh.Continuous.forward
-    seen = []
-
-    def watched(self, images, other=None):
-        seen.append((images, other))
-        return forward(self, images, other)
-
-    monkeypatch.setattr(gh.Continuous, "forward", watched)
-    more = ("--steps", 1, "--batch-size", 3, "--accum", 1, "--shuffle-target")
-    train.main(arguments(world, tmp_path, "--stage", 1, *more))
-    images, other = seen[0]  # then come the held-out ones
-    assert torch.equal(other, images[[2, 0, 1]])
-    assert not torch.equal(images, other)
-    assert 0.4 < images.mean() < 0.6  # noise, in [0, 1]
-    assert_close(255 * images, (255 * images).round(), 1e-6)
-
-
-def test_flux_weights_start_a_denoiser(world, tmp_path):
-    config = gh.FluxConfig(
-        in_channels=16,
-        vec_in_dim=48,
-        context_in_dim=64,
-        hidden_size=128,
-        num_heads=1,
-        depth=2,
-        depth_single_blocks=1,
-    )
-    flux = fill(gh.Flux(config), 0.02)
-    save_file(flux.state_dict(), tmp_path / "flux.safetensors")
-    more = ("--depth", 2, 1, "--init", tmp_path / "flux.safetensors")
-    s = settings(*arguments(world, tmp_path, *more))
-    model = train.build_model(s, train.load_pretrained(s), torch.device("cpu"))
-    for name, value in model.denoiser.state_dict().items():
-        assert torch.equal(value, flux.state_dict()[name])
-    assert all(p.requires_grad for p in model.denoiser.parameters())
-
-
 def built(world, out, *more):
     s = settings(*arguments(world, out, *more))
     return s, train.build_model(s, train.load_pretrained(s), torch.device("cpu"))
-
-
-def test_the_flags_reach_the_model(world, tmp_path):
-    flags = ("--timesteps", "uniform", "--scale", 0.1, "--local-ratio", 0.5, "--grad-checkpoint")
-    _, model = built(world, tmp_path, *flags)
-    assert (model.distribution, model.scale, model.num_locals) == ("uniform", 0.1, 8)
-    assert model.denoiser.grad_checkpointing and model.visual.transformer.grad_checkpointing
-    more = ("--denoiser", "perceiver", "--mask-ratio", 0.2, 0.3, "--layers", 3)
-    _, model = built(world, tmp_path, *more, "--local-ratio", 0.25)
-    assert (model.mask_ratio, model.num_locals) == ([0.2, 0.3], 4)
-    assert len(model.denoiser.layers) == 3
-    assert not model.denoiser.grad_checkpointing
-
-
-def test_the_denoisers_of_the_paper_have_its_sizes():
-    """Sec. 5.1; FLUX.1-dev's head has 128 features, ViT's 64."""
-    vae = types.SimpleNamespace(config=AutoEncoderConfig())
-    assert train.flux_config(settings(), vae) == gh.FluxConfig()
-    perceiver = train.perceiver_config(settings("--denoiser", "perceiver"), torch.zeros(16384, 256))
-    assert perceiver == gh.PerceiverConfig()
-
-
-def test_the_seed_decides_what_a_denoiser_starts_from(world, tmp_path):
-    weights = [built(world, tmp_path, "--seed", seed)[1].denoiser.img_in.weight
-               for seed in (1, 1, 2)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
-    """Fig. 8; the text tower stays."""
-    s, model = built(world, tmp_path, "--stage", "e2e", "--no-lora")
-    assert all(p.requires_grad for p in model.visual.parameters())
-    perturb(model.visual)
-    clip = train.trained_clip(s, model.state_dict())
-    assert_same_weights(clip.visual, model.visual)
-    original = load_file(world / "tiny-clip.safetensors")
-    assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
-
-
-def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
-    s, model = built(world, tmp_path, "--stage", "e2e", "--lr", 3e-4, "--lr-clip", 2e-5)
-    for group in train.make_optimizer(s, model).param_groups:
-        lora = {id(p) for name, p in model.named_parameters() if "lora" in name}
-        of_clip = {id(p) in lora for p in group["params"]}
-        assert (of_clip, group["lr"]) in (({True}, 2e-5), ({False}, 3e-4))
-
-
-def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
-    def loaded(name, weights):
-        return types.SimpleNamespace(to=lambda device: weights), None, None
-
-    def evaluated(weights, *_):
-        return dict.fromkeys(("average", "patterns", "zeroshot"), weights)
-
-    monkeypatch.setattr(train, "load_clip", loaded)
-    monkeypatch.setattr(train, "evaluate", evaluated)
-    monkeypatch.setattr(train, "print_table", lambda *_: None)
-    typed = ["--stage", "2", "--out", str(tmp_path), "--clip-weights", "original"]
-    train.compare(train.read_settings(typed)[0], None)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["before"]["average"] == "original"
-    assert result["after"]["average"] == str(tmp_path / "clip.safetensors")
-
-
-def test_a_row_of_the_log_is_made_of_means(tmp_path):
-    """Over the images since the row before, and in ten bins of their t."""
-    s = settings("--out", tmp_path, "--batch-size", 4, "--accum", 1)
-    log = train.Log(s, 0, 10, 80, torch.device("cpu"))
-    levels = torch.tensor([0.05, 0.95, 0.99, 1.0])
-    rows = [(1, [1, 2, 3, 4], 2.5, 1, 3), (2, [9, 1, 1, 4], 3.75, 9, 2)]
-    for step, losses, mean, low, high in rows:
-        log.add(torch.tensor(losses).float(), levels, [])
-        log.write_row(step, torch.tensor(0.5), 1e-3, [1.25, 2.5])
-        row = read_log(tmp_path / "stage1")[-1]
-        expected = {"step": step, "epoch": step * 4 / 80, "loss": mean, "loss_t_0.0": low,
-                    "loss_t_0.9": high, "grad_norm": 0.5, "lr": 1e-3, "heldout": 1.25,
-                    "heldout_shuffled": 2.5}
-        assert {name: float(row[name]) for name in expected} == expected
-        assert row["loss_t_0.5"] == ""
-
-
-class Differs(nn.Module):
-    """Its loss is how far an image's mean is from that of the image that conditions it."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, images, condition_images):
-        return (images - condition_images).mean((1, 2, 3)).abs(), None
-
-
-def test_a_heldout_loss_is_the_mean_over_all_heldout_images():
-    """With the right [CLS] and with that of the image before; in micro-batches of uneven sizes."""
-    means = torch.tensor([10, 20, 50, 90, 255])
-    heldout = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
-    s = settings("--batch-size", 2, "--precision", "fp32")
-    losses = [train.heldout_loss(s, Differs(), heldout, roll) for roll in (0, 1)]
-    assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
-
-
-def test_heldout_losses_are_of_a_model_that_is_not_training(world, tmp_path, monkeypatch):
-    forward, modes = Stub.forward, set()
-
-    def watched(self, *images):
-        modes.add((torch.is_grad_enabled(), self.training))
-        return forward(self, *images)
-
-    monkeypatch.setattr(Stub, "forward", watched)
-    train_stub(world, tmp_path, "--val", world / "data")
-    assert modes == {(True, True), (False, False)}
-
-
-@pytest.mark.parametrize("stage, step, due", [
-    (1, 2, set()),
-    (1, 3, {"row"}),
-    (1, 4, {"sample"}),
-    (1, 5, {"save"}),
-    (1, 7, set()),
-    (1, 12, {"row", "sample"}),
-    (2, 7, {"export"}),
-    (2, 14, {"row", "sample", "save"}),
-])
-def test_what_is_due_after_a_step(stage, step, due):
-    every = ("--log-every", 3, "--sample-every", 4, "--save-every", 5, "--export-every", 7)
-    assert train.find_due(settings(*every, "--stage", stage), step, 14) == due
-
-
-def test_in_bf16_the_frozen_vae_keeps_its_weights_in_bf16(world, tmp_path):
-    """And its latents come out in float32, within bf16's error of those of float32."""
-    s = settings(*arguments(world, tmp_path, "--precision", "bf16"))
-    pretrained = train.load_pretrained(s)
-    exact = copy.deepcopy(pretrained.autoencoder)
-    vae = train.build_model(s, pretrained, torch.device("cpu")).autoencoder
-    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
-    images = 2 * torch.rand(4, 3, 32, 32) - 1
-    with train.autocast(s, torch.device("cpu")):
-        latents = vae.encode(images, sample=False)
-        decoded = vae.decode(latents)
-    assert latents.dtype == decoded.dtype == torch.float32
-    assert_close(latents, exact.encode(images, sample=False), 0.05)
-    assert_close(decoded, exact.decode(latents), 0.05)
-
-
-BENCH = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --steps 6 --batch-size 2"
-
-
-def test_the_bench_needs_no_weights_and_says_what_it_measured(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_autoencoder", lambda s: load_vae(world / "vae.safetensors"))
-    train.main([*BENCH.split(), "--log-every", "1", "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "x accumulation 2)" in said
-    for row in ("s / 100 iterations", "images / s", "peak memory", "model TFLOP/s", "MFU"):
-        assert row in said
-    assert not (tmp_path / "stage1" / "last.safetensors").exists()
-
-
-def count_teraflops(counter, count=FlopCounterMode.get_total_flops):
-    """As if each operation were a million, so that the tiny model's work shows."""
-    return 1e6 * count(counter)
-
-
-def test_recomputed_blocks_are_not_work_of_the_model(world, monkeypatch, capsys):
-    """The same speed is the same TFLOP/s, with --grad-checkpoint and without."""
-    monkeypatch.setattr(train, "load_autoencoder", lambda s: load_vae(world / "vae.safetensors"))
-    log = types.SimpleNamespace(columns=["images_per_s"], rows=[[1], [8], [8]], images_per_step=4)
-    monkeypatch.setattr(train.FlopCounterMode, "get_total_flops", count_teraflops)
-    tflops = []
-    for more in ([], ["--grad-checkpoint"]):
-        s = settings(*BENCH.split(), *more)
-        core = train.build_model(s, train.load_pretrained(s), torch.device("cpu"))
-        train.print_bench(s, core, log, torch.device("cpu"))
-        said = capsys.readouterr().out
-        assert re.search("iterations +50.00\nimages / s +8\n", said)
-        tflops.append(float(re.search("TFLOP/s +([0-9.]+)", said)[1]))
-    assert tflops[0] == tflops[1] > 0
 
 
 class Stub(nn.Module):
@@ -2976,44 +2614,291 @@ def train_stub(world, out, *more):
     return out / "stage1"
 
 
+def test_a_stages_files_hold_what_it_trained(trained):
+    """Stage 2 trains LoRA, and the denoiser unless it is frozen."""
+    before = load_file(trained / "rf" / "stage1" / "last.safetensors")
+    assert {name.split(".")[0] for name in before} == {"denoiser", "projectors"}
+    after = trained_weights(trained / "rf" / "stage2")
+    lora = {name for name in after if "lora" in name}
+    assert len(lora) == 2 * (2 * 4 + 1)  # two blocks: qkv, out, fc, proj; and the tower's proj
+    assert after.keys() == before.keys() | lora
+    weights = [name for name in before if not name.endswith("bias")]
+    assert not any(torch.equal(before[name], after[name]) for name in weights)
+    assert trained_weights(trained / "perceiver" / "stage2").keys() == lora
+
+
+def test_lora_and_proj_alone_change_in_clip(world, trained):
+    """Until --export-every asks for a CLIP, and from there to the result."""
+    original = load_file(world / "tiny-clip.safetensors")
+    halfway = load_file(trained / "rf" / "clip-000004.safetensors")
+    result = load_file(trained / "rf" / "clip.safetensors")
+    matrices = {name for name, tensor in original.items()
+                if name.startswith("visual.transformer.") and tensor.dim() == 2}
+    for before, after in ((original, halfway), (halfway, result)):
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == matrices | {"visual.proj"}
+    assert not list((trained / "perceiver").glob("clip-*"))
+
+
+def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world, trained):
+    """That tower's LoRA is not merged."""
+    path = str(trained / "rf" / "clip.safetensors")
+    clip = open_clip.create_model("tiny-clip", pretrained=path).eval()
+    _, model = built(world, trained / "rf", "--stage", 2)
+    weights = trained_weights(trained / "rf" / "stage2")
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_close(clip.visual(images), model.eval().visual(images), 1e-5)
+    exported = load_file(trained / "rf" / "hf" / "model.safetensors")
+    assert torch.equal(exported["visual_projection.weight"], clip.visual.proj.T)
+    _, about = gh.read_weights(path, "the result")
+    assert about == {}  # nothing of time or place
+
+
+def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
+    def loaded(name, weights):
+        return types.SimpleNamespace(to=lambda device: weights), None, None
+
+    shown = ("average", "patterns", "zeroshot")
+    monkeypatch.setattr(train, "load_clip", loaded)
+    monkeypatch.setattr(train, "evaluate", lambda it, *_: dict.fromkeys((*shown, "more"), it))
+    monkeypatch.setattr(train, "print_table", lambda *_: None)
+    train.compare(settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original"), None)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["before"] == dict.fromkeys(shown, "original")
+    assert result["after"] == dict.fromkeys(shown, str(tmp_path / "clip.safetensors"))
+
+
+@pytest.mark.parametrize("run, level, rates, sampled, columns", [
+    ("rf", "t", 6 * [1e-4], ["3", "6"], 2),
+    ("perceiver", "mask", [1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 6e-5], [], 3),
+])
+def test_log_and_pictures_tell_what_happened(trained, run, level, rates, sampled, columns):
+    rows = read_log(trained / run / "stage1")
+    assert [row["step"] for row in rows] == list("123456")
+    assert float(rows[2]["epoch"]) == pytest.approx(3 * 4 / 60, abs=1e-4)
+    for name in ("loss", "grad_norm", "images_per_s", "peak_memory_gb"):
+        assert all(math.isfinite(float(row[name])) for row in rows)
+    assert any(row[f"loss_{level}_0.5"] for row in rows)
+    for name in ("heldout", "heldout_shuffled"):
+        assert [row["step"] for row in rows if row[name]] == sampled
+    assert [float(row["lr"]) for row in rows] == pytest.approx(rates)
+    picture = Image.open(trained / run / "stage1" / "samples" / "000006.png")
+    assert picture.width == 2 * columns * (4 * 32 + 2) + 2
+
+
+def test_a_finished_run_is_left_alone(world, trained, capsys):
+    files = [path for path in (trained / "perceiver" / "stage1").rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
+    train.main(perceiver(world, trained / "perceiver", "--stage", 1))
+    assert "stage 1 is finished" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_changes_no_loss_and_leaves_pictures_alone(world, tmp_path, monkeypatch, device):
+    """A process on a GPU is not forked: it does not have this backend, and compiles by inductor."""
+    def backend(graph, _):
+        callers = {frame.name for frame in traceback.extract_stack()}
+        print("a graph of", "look" if "look" in callers else "training")
+        return graph
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda m: compile_module(m, backend=backend))
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        argv = perceiver(world, tmp_path / name, "--stage", 1, "--steps", 2, *more)
+        in_a_process(tmp_path / "said", train.main, argv, device=device).join()
+    assert_close_logs(tmp_path / "plain" / "stage1", tmp_path / "compiled" / "stage1")
+    if device == "cpu":
+        graphs = re.findall("a graph of (look|training)", (tmp_path / "said").read_text())
+        assert set(graphs) == {"training"}
+
+
+def test_flux_weights_start_a_denoiser(world, tmp_path):
+    more = ("--depth", 2, 1)
+    flux = fill(built(world, tmp_path, *more)[1].denoiser, 0.02)
+    save_file(flux.state_dict(), tmp_path / "flux.safetensors")
+    _, model = built(world, tmp_path, *more, "--init", tmp_path / "flux.safetensors")
+    assert_same_weights(model.denoiser, flux)
+    assert all(p.requires_grad for p in model.denoiser.parameters())
+
+
+def test_the_flags_reach_the_model(world, tmp_path):
+    flags = ("--timesteps", "uniform", "--scale", 0.1, "--local-ratio", 0.5, "--grad-checkpoint")
+    _, model = built(world, tmp_path, *flags)
+    assert (model.distribution, model.scale, model.num_locals) == ("uniform", 0.1, 8)
+    assert model.denoiser.grad_checkpointing and model.visual.transformer.grad_checkpointing
+    more = ("--denoiser", "perceiver", "--mask-ratio", 0.2, 0.3, "--layers", 3)
+    _, model = built(world, tmp_path, *more, "--local-ratio", 0.25)
+    assert (model.mask_ratio, model.num_locals) == ([0.2, 0.3], 4)
+    assert len(model.denoiser.layers) == 3
+    assert not model.denoiser.grad_checkpointing
+
+
+def test_the_denoisers_of_the_paper_have_its_sizes():
+    """Sec. 5.1; FLUX.1-dev's head has 128 features, ViT's 64."""
+    vae = types.SimpleNamespace(config=AutoEncoderConfig())
+    assert train.flux_config(settings(), vae) == gh.FluxConfig()
+    perceiver = train.perceiver_config(settings("--denoiser", "perceiver"), torch.zeros(16384, 256))
+    assert perceiver == gh.PerceiverConfig()
+
+
+def test_the_seed_decides_what_a_denoiser_starts_from(world, tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        _, model = built(world, tmp_path, "--seed", seed)
+        weights.append(model.denoiser.img_in.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
+    """Fig. 8; the text tower stays."""
+    s, model = built(world, tmp_path, "--stage", "e2e", "--no-lora")
+    assert all(p.requires_grad for p in model.visual.parameters())
+    perturb(model.visual)
+    clip = train.trained_clip(s, model.state_dict())
+    assert_same_weights(clip.visual, model.visual)
+    original = load_file(world / "tiny-clip.safetensors")
+    assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
+
+
+def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
+    s, model = built(world, tmp_path, "--stage", "e2e", "--lr", 3e-4, "--lr-clip", 2e-5)
+    groups = train.make_optimizer(s, model).param_groups
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rates[p] == (2e-5 if "lora" in name else 3e-4), name
+
+
+def test_in_bf16_the_frozen_vae_keeps_its_weights_in_bf16(world, tmp_path):
+    """And its latents come out in float32, within bf16's error of those of float32."""
+    s, model = built(world, tmp_path, "--precision", "bf16")
+    exact, vae = load_vae(s.vae), model.autoencoder
+    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
+    images = 2 * torch.rand(4, 3, 32, 32) - 1
+    with train.autocast(s, torch.device("cpu")):
+        latents = vae.encode(images, sample=False)
+        decoded = vae.decode(latents)
+    assert latents.dtype == decoded.dtype == torch.float32
+    assert_close(latents, exact.encode(images, sample=False), 0.05)
+    assert_close(decoded, exact.decode(latents), 0.05)
+
+
+@pytest.mark.parametrize("more, order", [([], [0, 1, 2]), (["--shuffle-target"], [2, 0, 1])])
+def test_the_control_alone_conditions_on_other_images(world, tmp_path, monkeypatch, more, order):
+    calls = watch(monkeypatch, Stub, "forward")
+    train_stub(world, tmp_path, "--steps", 1, "--batch-size", 3, *more)
+    _, images, condition_images = calls[0]
+    assert torch.equal(condition_images, images[order])
+    assert not torch.equal(images[0], images[1])
+    assert 0.4 < images.mean() < 0.6  # noise, in [0, 1]
+    assert_close(255 * images, (255 * images).round(), 1e-6)
+
+
 @pytest.mark.parametrize("largest", [0.5, 1000])
 def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypatch, largest):
     """AdamW (Loshchilov and Hutter 2019, Algorithm 2), with the settings of App. B, by hand."""
-    gradients, used, weights, rates = [], [], [], []
-    forward, step = Stub.forward, torch.optim.AdamW.step
+    forward, gradients = Stub.forward, []
+    flat = nn.utils.parameters_to_vector
 
-    def watched_forward(self, images, other=None):
+    def watched(self, images, other=None):
         losses, levels = forward(self, images, other)
-        if torch.is_grad_enabled():
-            parameters = list(self.denoiser.parameters())
-            of_batch = torch.autograd.grad(losses.mean(), parameters, retain_graph=True)
-            gradients.append(torch.cat([g.flatten() for g in of_batch]))
+        parameters = list(self.denoiser.parameters())
+        gradient = torch.autograd.grad(losses.mean(), parameters, retain_graph=True)
+        gradients.append(flat(gradient))
         return losses, levels
 
-    def watched_step(self, *more):
-        group = self.param_groups[0]
-        used.append(torch.cat([p.grad.flatten() for p in group["params"]]))
-        weights.append(torch.cat([p.detach().flatten() for p in group["params"]]))
-        step(self, *more)
-        weights.append(torch.cat([p.detach().flatten() for p in group["params"]]))
-        rates.append(group["lr"])
-
-    monkeypatch.setattr(Stub, "forward", watched_forward)
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
+    monkeypatch.setattr(Stub, "forward", watched)
     more = ("--clip-grad", largest, "--lr", 0.1, "--warmup", 4, "--weight-decay", 0.2)
-    train_stub(world, tmp_path, *more)
-    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    folder = train_stub(world, tmp_path, *more)
+    w = flat(Stub().denoiser.parameters()).detach()
     m = v = 0
-    for i, lr in enumerate(rates):
-        g = (gradients[2 * i] + gradients[2 * i + 1]) / 2
+    for t, lr in enumerate([0.025, 0.05, 0.075, 0.1, 0.1, 0.1], 1):
+        g = (gradients.pop(0) + gradients.pop(0)) / 2
         assert 0.5 < g.norm() < 1000
-        g = g * min(1, largest / g.norm())
-        assert_close(used[i], g, 1e-5)
+        g *= min(1, largest / g.norm())
         m = 0.9 * m + 0.1 * g
         v = 0.999 * v + 0.001 * g**2
-        update = (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
-        moved = weights[2 * i + 1] - weights[2 * i]
-        assert_close(moved, -lr * (0.2 * weights[2 * i] + update), 1e-4)
+        mean = m / (1 - 0.9**t)
+        square = v / (1 - 0.999**t)
+        w = w - lr * (0.2 * w + mean / (square.sqrt() + 1e-8))
+    made = load_file(folder / "step-00000006.safetensors")
+    for kind, expected in (("model", w), ("exp_avg", m), ("exp_avg_sq", v)):
+        parts = [made[f"{kind}.denoiser.{name}"] for name in ("weight", "bias")]
+        assert_close(flat(parts), expected)
+
+
+def test_what_is_due_after_a_step():
+    """Of 14; after the last, all but a CLIP along the way, which stage 1 never exports."""
+    every = ("--log-every", 3, "--sample-every", 4, "--save-every", 5, "--export-every", 7)
+    last = {"row", "sample", "save"}
+    due = {5: {"save"}, 7: {"export"}, 11: set(), 12: {"row", "sample"}, 14: last}
+    for step, expected in due.items():
+        assert train.find_due(settings(*every, "--stage", 2), step, 14) == expected
+        assert train.find_due(settings(*every), step, 14) == expected - {"export"}
+
+
+def test_a_row_of_the_log_is_made_of_means(tmp_path):
+    """Over the images since the row before, and in ten bins of their t."""
+    s = settings("--out", tmp_path, "--batch-size", 4, "--accum", 1)
+    log = train.Log(s, 0, 10, 80, torch.device("cpu"))
+    levels = torch.tensor([0.05, 0.95, 0.99, 1.0])
+    for step, losses in ((1, [1.0, 2, 3, 4]), (2, [9.0, 1, 1, 4])):
+        losses = torch.tensor(losses)
+        log.add(losses, levels, [])
+        log.write_row(step, torch.tensor(0.5), 1e-3, [1.25, 2.5])
+        row = read_log(tmp_path / "stage1")[-1]
+        expected = {"step": step, "epoch": step * 4 / 80, "grad_norm": 0.5, "lr": 1e-3,
+                    "heldout": 1.25, "heldout_shuffled": 2.5}
+        expected["loss"] = losses.mean()
+        expected["loss_t_0.0"] = losses[0]
+        expected["loss_t_0.9"] = losses[1:].mean()
+        assert {name: float(row[name]) for name in expected} == expected
+        assert row["loss_t_0.5"] == ""
+
+
+class Differs(Stub):
+    """Its loss is how far an image's mean is from that of the image that conditions it."""
+
+    def forward(self, images, condition_images):
+        assert not self.training and not torch.is_grad_enabled()
+        return (images - condition_images).mean((1, 2, 3)).abs(), None
+
+
+def test_a_heldout_loss_is_the_mean_over_all_heldout_images(tmp_path):
+    """With the right [CLS] and with that of the image before; in micro-batches of uneven sizes."""
+    means = torch.tensor([10, 20, 50, 90, 255])
+    heldout = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    s = settings("--batch-size", 2, "--precision", "fp32", "--val", "it", "--out", tmp_path)
+    model = Differs()
+    losses = train.look(s, 1, model, model, heldout)
+    assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
+    assert model.training
+
+
+def test_the_bench_needs_no_weights_and_counts_the_models_own_work(
+        world, tmp_path, monkeypatch, capsys):
+    """The same speed is the same TFLOP/s, though --grad-checkpoint computes blocks twice."""
+    monkeypatch.setattr(train, "load_autoencoder", lambda s: load_vae(world / "vae.safetensors"))
+    count = FlopCounterMode.get_total_flops  # each a million, so that the tiny model's work shows
+    monkeypatch.setattr(FlopCounterMode, "get_total_flops", lambda counter: 1e6 * count(counter))
+    typed = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --batch-size 2 --steps 2"
+    tflops = []
+    for more in ([], ["--grad-checkpoint"]):
+        clock = iter([0, 4, 4, 4.5, 4.5])  # 1 image / s in the first row, 8 in the second
+        monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+        train.main([*typed.split(), "--out", str(tmp_path), *more])
+        said = capsys.readouterr().out
+        assert "x accumulation 2)" in said
+        assert re.search("s / 100 iterations +50.00\nimages / s +8\npeak memory", said)
+        assert "MFU" in said
+        tflops.append(float(re.search("model TFLOP/s +([0-9.]+)", said)[1]))
+    assert tflops[0] == tflops[1] > 0
+    assert not (tmp_path / "stage1" / "last.safetensors").exists()
 
 
 # ------------------------------------------------------------------ killed, disturbed, continued
@@ -3403,15 +3288,11 @@ def rank(number, port, work, *more):
     work(*more)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def in_two_processes(folder, works, device="cpu"):
     """Do two works, each a tuple of function and arguments; what they said, and their statuses."""
-    port = free_port()
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]  # a free one
     names = [folder / f"said-{number}" for number in range(2)]
     processes = [in_a_process(names[n], rank, n, port, *works[n], device=device) for n in range(2)]
     for process in processes:
@@ -3420,133 +3301,83 @@ def in_two_processes(folder, works, device="cpu"):
     return [name.read_text() for name in names], [process.exitcode for process in processes]
 
 
-E2E = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
-
-
 def train_e2e(world, out, *more):
     """Three steps end to end, without pictures, which take longer than the steps."""
     train.look = lambda *_: None
-    train.main(arguments(world, out, *E2E, *more))
+    typed = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
+    train.main(arguments(world, out, *typed, *more))
+
+
+def train_one(world, out, device):
+    """On one process, with two micro-batches a step; what it said."""
+    said = out.parent / "said"
+    in_a_process(said, train_e2e, world, out, device=device).join()
+    return said.read_text()
 
 
 def train_two(world, out, *more, device="cpu"):
+    """On two processes, each with one micro-batch a step; what the first of them said."""
     works = 2 * [(train_e2e, world, out, "--accum", 1, *more)]
     said, statuses = in_two_processes(out.parent, works, device)
     assert statuses == [0, 0], said
     return said[0]
 
 
-def assert_close_runs(one, other, tolerance):
-    """The weights after the last step are the same, but for rounding."""
-    name = os.path.join("e2e", "step-00000003.safetensors")
-    a, b = load_file(one / name), load_file(other / name)
-    assert a.keys() == b.keys()
-    assert any("lora_B" in key for key in a)
-    for key in a:
-        assert (a[key] - b[key]).abs().max() <= tolerance, key
-
-
 TWO_DEVICES = ["cpu"] + ["cuda"] * (len(DEVICES) > 1 and torch.cuda.device_count() > 1)
 
 
-@pytest.fixture(scope="session", params=TWO_DEVICES)
-def device(request):
-    """Where two processes run."""
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def single(world, device, tmp_path_factory):
-    """One process x accumulation 2."""
-    folder = tmp_path_factory.mktemp("single")
-    process = in_a_process(folder / "said", train_e2e, world, folder / "run", device=device)
-    process.join()
-    assert process.exitcode == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="session")
-def double(world, device, tmp_path_factory):
-    """Two processes x accumulation 1, with DDP."""
-    out = tmp_path_factory.mktemp("double") / "run"
-    train_two(world, out, device=device)
-    return out
-
-
-def rewind(source, target):
-    """A copy of a run as it was after its second step."""
-    shutil.copytree(source, target)
-    for path in [*target.glob("clip.*"), *target.glob("e2e/step-*3.*")]:
-        path.unlink()
-    return target
-
-
-def test_two_processes_walk_the_path_of_one(single, double, device):
-    assert_close_runs(single, double, {"cpu": 1e-5, "cuda": 1e-3}[device])
-
-
-def test_shards_go_on_from_ddp(world, double, tmp_path, device):
-    out = rewind(double, tmp_path / "run")
-    assert "resumed from" in train_two(world, out, "--shard", device=device)
-    assert_close_runs(double, out, {"cpu": 1e-5, "cuda": 1e-3}[device])
-
-
-def test_one_process_goes_on_from_two(world, single, double, tmp_path, device):
-    out = rewind(double, tmp_path / "run")
-    in_a_process(tmp_path / "said", train_e2e, world, out, device=device).join()
-    assert "resumed from" in (tmp_path / "said").read_text()
-    assert_close_runs(single, out, {"cpu": 1e-5, "cuda": 1e-3}[device])
-
-
-def accumulate_gradients(world, out, shard):
-    """The gradients of two micro-batches in bf16, on two processes, written to a file."""
-    s = settings("--precision", "bf16", *shard)
-    device = train.start_processes()
-    core = tiny_model(world).set_stage(1)
-    model = train.distribute(s, core, device)
-    for micro in range(s.accum):
-        train.seed_draws("noise", micro, train.RANK)
-        images = torch.rand(1, 3, 32, 32)
-        with train.reducing(s, model, micro), train.autocast(s, device):
-            losses, _ = model(images)
-            (losses.mean() / s.accum).backward()
-    trained = {name: p.grad for name, p in core.named_parameters() if p.requires_grad}
-    if shard:
-        trained = {name: gradient.full_tensor() for name, gradient in trained.items()}
-    if train.RANK == 0:
-        save_file({name: gradient.clone() for name, gradient in trained.items()}, out)
-    train.barrier()
+@pytest.mark.parametrize("device", TWO_DEVICES)
+def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
+    """But for rounding; they also go on from where two processes were after their second step."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    train_one(world, single, device)
+    train_two(world, double, device=device)
+    runs = [double, tmp_path / "shards", tmp_path / "one"]
+    for out in runs[1:]:
+        shutil.copytree(double, out)
+        for path in [*out.glob("clip.*"), *out.glob("e2e/step-*3.*")]:
+            path.unlink()
+    assert "resumed from" in train_two(world, tmp_path / "shards", "--shard", device=device)
+    assert "resumed from" in train_one(world, tmp_path / "one", device)
+    name = os.path.join("e2e", "step-00000003.safetensors")
+    expected = load_file(single / name)
+    assert any("lora_B" in key for key in expected)
+    for out in runs:
+        assert_close_logs(single / "e2e", out / "e2e")
+        weights = load_file(out / name)
+        assert weights.keys() == expected.keys()
+        for key in weights:
+            distance = (weights[key] - expected[key]).abs().max()
+            assert distance <= {"cpu": 1e-5, "cuda": 1e-3}[device], (out, key)
 
 
 def test_shards_in_bf16_sum_the_gradients_of_ddp(world, tmp_path):
-    """Over two micro-batches, after each of which --shard reduces them."""
-    gradients = []
-    for shard in ([], ["--shard"]):
-        out = tmp_path / f"{len(shard)}.safetensors"
-        in_two_processes(tmp_path, 2 * [(accumulate_gradients, world, out, shard)])
-        gradients.append(load_file(out))
-    ddp, sharded = gradients
+    """Over two micro-batches, after each of which --shard reduces them.
+
+    Adam's first moments after one step are the gradients themselves, times a tenth.
+    """
+    typed = ("--stage", 1, "--steps", 1, "--accum", 2, "--precision", "bf16", "--clip-grad", 1e6)
+    moments = []
+    for name, more in (("ddp", ()), ("shards", ("--shard",))):
+        train_two(world, tmp_path / name, *typed, *more)
+        state = load_file(tmp_path / name / "stage1" / "step-00000001.safetensors")
+        moments.append({key: state[key] for key in state if key.startswith("exp_avg.")})
+    ddp, sharded = moments
     assert ddp.keys() == sharded.keys()
-    for name in ddp:
-        assert_close(sharded[name], ddp[name], 0.05)
-    whole = [torch.cat([g.flatten() for g in some.values()]) for some in (sharded, ddp)]
-    assert_close(*whole, 0.01)
+    for key in ddp:
+        assert_close(sharded[key], ddp[key], 0.01)
 
 
 def look_at_gradients(world, out):
-    """Whether, after each step, all gradients lie in the memory of one bucket."""
-    def written(self, step, *more):
-        gradients = [p.grad for p in Stub.newest.parameters() if p.requires_grad]
+    """Say after each step in how many pieces of memory the gradients lie."""
+    clear = train.clear_gradients
+
+    def watched(model, optimizer):
+        clear(model, optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         print("buckets", len({g.untyped_storage().data_ptr() for g in gradients}))
-        write_row(self, step, *more)
 
-    def remembered(self):
-        init(self)
-        Stub.newest = self
-
-    init, write_row = Stub.__init__, train.Log.write_row
-    Stub.__init__ = remembered
-    train.Log.write_row = written
+    train.clear_gradients = watched
     train_stub(world, out)
 
 
