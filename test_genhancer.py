@@ -24,7 +24,6 @@ import resource
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tarfile
@@ -50,7 +49,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -2884,8 +2882,13 @@ def test_the_bench_needs_no_weights_and_counts_the_models_own_work(
         world, tmp_path, monkeypatch, capsys):
     """The same speed is the same TFLOP/s, though --grad-checkpoint computes blocks twice."""
     monkeypatch.setattr(train, "load_autoencoder", lambda s: load_vae(world / "vae.safetensors"))
-    count = FlopCounterMode.get_total_flops  # each a million, so that the tiny model's work shows
-    monkeypatch.setattr(FlopCounterMode, "get_total_flops", lambda counter: 1e6 * count(counter))
+    count, counts = FlopCounterMode.get_total_flops, []
+
+    def count_millions(counter):  # so that the tiny model's work shows
+        counts.append(1e6 * count(counter))
+        return counts[-1]
+
+    monkeypatch.setattr(FlopCounterMode, "get_total_flops", count_millions)
     typed = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --batch-size 2 --steps 2"
     tflops = []
     for more in ([], ["--grad-checkpoint"]):
@@ -2897,7 +2900,8 @@ def test_the_bench_needs_no_weights_and_counts_the_models_own_work(
         assert re.search("s / 100 iterations +50.00\nimages / s +8\npeak memory", said)
         assert "MFU" in said
         tflops.append(float(re.search("model TFLOP/s +([0-9.]+)", said)[1]))
-    assert tflops[0] == tflops[1] > 0
+    assert counts[0] == counts[1]
+    assert tflops == pytest.approx(2 * [2 * 2 * counts[0] / 1e12], abs=0.01)  # 2 steps / s
     assert not (tmp_path / "stage1" / "last.safetensors").exists()
 
 
