@@ -2521,20 +2521,6 @@ def settings(*typed):
     return train.read_settings(["--stage", "1", *map(str, typed)])[0]
 
 
-def write_benchmark(folder):
-    """MMVP-VLM's layout, two patterns with a pair each."""
-    rng = np.random.default_rng(0)
-    rows = [["Question ID", "Type", "Statement"]]
-    for question, pattern in enumerate(("Colour", "Colour", "State", "State"), 1):
-        path = folder / "MLLM_VLM Images" / pattern / f"{question}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(rng, 32, 32).save(path)
-        rows.append([question, pattern, f"statement {question}"])
-    with open(folder / "Questions.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
-
-
 def rf(world, out, *more):
     return arguments(world, out, "--warmup", 0, "--val", world / "val", *more)
 
@@ -2554,7 +2540,7 @@ def trained(world, tmp_path_factory):
     rng = np.random.default_rng(1)
     images = [jpeg(noise_image(rng, 40, 50)) for _ in range(4)]
     write_shard(world / "val" / "0.tar", images)
-    benchmark = write_benchmark(out / "mmvp")
+    benchmark = make_benchmark(out / "mmvp", ["Colour", "State"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", None)
         patch.setattr(socket.socket, "connect", None)
@@ -3473,7 +3459,7 @@ def mistaken(world):
     save_file({}, world / "nothing.safetensors")
     gh.write_weights(world / "damaged.safetensors", {"weight": torch.ones(1000)})
     flip_a_bit(world / "damaged.safetensors")
-    write_benchmark(world / "mmvp")
+    make_benchmark(world / "mmvp", ["Colour", "State"])
     config = AutoEncoderConfig(ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=4)
     save_file(AutoEncoder(config).state_dict(), world / "vae64.safetensors")
 
