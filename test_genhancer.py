@@ -452,8 +452,6 @@ MISFITS = [  # a tensor of both autoencoders, what stands there instead, what th
     (CONV_IN, torch.zeros(64, 3, 3, 3), "32 channels, where a multiple of 32 and of 64"),
     (CONV_IN, torch.zeros(32, 3, 3), "3 dimensions, where 4 are needed"),
     (BLOCK, torch.zeros(32, 32, 9), f"misshapen {BLOCK} (32, 32, 9) for (32, 32, 3, 3)"),
-    (BLOCK, torch.zeros(()), f"misshapen {BLOCK} ()"),
-    ("decoder.conv_in.weight", torch.zeros(32, 0, 3, 3), "floating-point"),
     ("decoder.conv_out.weight", torch.zeros(1, 32, 3, 3), "3 and 1 channels, where 3 are needed"),
 ]
 for dtype in (torch.int8, torch.bool, torch.complex64):
@@ -488,8 +486,6 @@ def test_a_factor_that_cannot_scale_is_refused(world, tmp_path, name, text):
 
 # ------------------------------------------------------------------ the converter
 
-LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
-
 
 @pytest.fixture
 def state(world):
@@ -509,14 +505,13 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp
     state[CODES] = state[CODES].mT.contiguous().mT
     state["quant_conv.weight"] = state["quant_conv.weight"].half()
     state["encoder.norm_out.weight"] = state["encoder.norm_out.bias"]  # one tensor, two names
-    callback = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
-    module = types.ModuleType(LIGHTNING)
-    module.ModelCheckpoint = callback
+    loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
+    lightning = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": lightning})
+    content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
     with monkeypatch.context() as patch:  # Lightning is there when it is saved
-        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", LIGHTNING):
-            patch.setitem(sys.modules, name, module)
-        loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
-        content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
+        for name in ("pytorch_lightning", lightning):
+            patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
         torch.save(content, "last.ckpt")
     vqgan_file.run(["last.ckpt", "it.safetensors"])
     converted = load_file("it.safetensors")
@@ -549,25 +544,20 @@ def test_a_checkpoint_of_anything_else_is_refused(tmp_path, content, says):
     refused(convert, tmp_path / "it", says)
 
 
-class Payload:
-    """What pickles as a call, such as one that makes the folder "owned"."""
-
-    def __init__(self, *call):
-        self.call = call
+class Call(tuple):
+    """What a pickle calls when it is read: a function, then its arguments."""
 
     def __reduce__(self):
-        return self.call[0], self.call[1:]
-
-
-HOLDS_OBJECTS = np.array([(None,)], dtype=[("field", object)])[0]
+        return self[0], self[1:]
 
 
 @pytest.mark.parametrize("payload, says", [
-    (Payload(os.system, "mkdir owned"), "it asks for posix.system"),
-    (Payload(eval, "__import__('os').mkdir('owned')"), "it asks for eval"),
-    (Payload(bytearray, 10**15), "MemoryError"),
+    (Call((os.system, "mkdir owned")), "it asks for posix.system"),
+    (Call((eval, "__import__('os').mkdir('owned')")), "it asks for eval"),
+    (Call((bytearray, 10**15)), "MemoryError"),
     (Fraction(1, 2), "it asks for fractions.Fraction"),
-    (HOLDS_OBJECTS, "UnpicklingError"),  # its bytes are taken for addresses
+    # NumPy would take its bytes for the addresses of objects.
+    (np.array([(None,)], dtype=[("field", object)])[0], "UnpicklingError"),
 ])
 def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says):
     monkeypatch.chdir(tmp_path)
@@ -591,10 +581,9 @@ def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path, name):
 
 
 def test_the_converter_prints_no_raw_name(checkpoint, tmp_path, capsys):
-    for name in ("a\x1b[31m\n.safetensors", os.fsdecode(b"a\xff.safetensors")):
-        vqgan_file.convert(checkpoint, f"{tmp_path}/{name}")
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1 and out[:-1].isprintable()
+    vqgan_file.convert(checkpoint, tmp_path / os.fsdecode(b"a\x1b[31m\n\xff.safetensors"))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out[:-1].isprintable()
 
 
 # ------------------------------------------------------------------ reading and writing files
@@ -681,19 +670,15 @@ def command(capsys, run, *argv):
 @pytest.mark.parametrize("error, status, line", [
     (UserError("x: no such thing"), 2, "it.py: x: no such thing\n"),
     (UserError("a\x1b[31m\n\u202eé日 is bad"), 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
+    (UserError("In a worker:\ngenhancer.UserError: it is cut\n"), 2, "it.py: it is cut\n"),
     (KeyboardInterrupt(), 130, "\nit.py: interrupted\n"),  # a shell's status
 ])
-def test_a_failed_command_is_one_line_that_cannot_control_the_terminal(
-    capsys, error, status, line
-):
+def test_a_failed_command_is_one_line_that_controls_no_terminal(capsys, error, status, line):
     assert command(capsys, fails(error)) == (status, line)
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["a"], "OUT.safetensors"), (["a", "b", "c"], "arguments: c"), (["a", "b", "--no"], "--no"),
-])
-def test_a_wrong_usage_of_the_converter_is_one_line(argv, says):
-    refused(lambda _: vqgan_file.run(argv), says, "--help lists all options")
+def test_a_wrong_usage_of_the_converter_is_one_line():
+    refused(lambda _: vqgan_file.run(["last.ckpt"]), "OUT.safetensors", "--help lists all options")
 
 
 # ------------------------------------------------------------------ what trains, what is returned
