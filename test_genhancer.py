@@ -99,23 +99,31 @@ TINY_SIGLIP = {
         "norm_kwargs": {"eps": 1e-6},
     },
 }
-
-
 TINY = {"tiny-clip": TINY_CLIP, "tiny-siglip": TINY_SIGLIP}
+TINY_VAE = AutoEncoderConfig(
+    ch=32,
+    ch_mult=(1, 1, 2),
+    num_res_blocks=1,
+    z_channels=4,
+    scale_factor=0.5,
+    shift_factor=0.1,
+)
+TINY_VQGAN = vqgan_file.VQGANConfig(
+    ch=32,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(128,),
+    z_channels=16,
+    n_embed=64,
+    embed_dim=8,
+)
 
 
 @timm.models.register_model
-def tiny_siglip_tower(
-    pretrained=False,
-    features_only=False,
-    pretrained_cfg=None,
-    pretrained_cfg_overlay=None,
-    cache_dir=None,
-    **kwargs,
-):
+def tiny_siglip_tower(pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir, **options):
     shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)
     shape |= dict(class_token=False, global_pool="map", num_classes=0)
-    return timm.models.vision_transformer.VisionTransformer(**{**shape, **kwargs})
+    return timm.models.vision_transformer.VisionTransformer(**{**shape, **options})
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -144,20 +152,9 @@ def world(tmp_path_factory):
         save_file(clip.state_dict(), folder / f"{name}.safetensors")
         gh.BACKBONES[name] = gh.Backbone(name, "no tag")
 
-    vae = AutoEncoder(AutoEncoderConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4))
-    about = {"scale_factor": "0.5", "shift_factor": "0.1"}
-    save_file(vae.state_dict(), folder / "vae.safetensors", about)
-
-    config = vqgan_file.VQGANConfig(
-        ch=32,
-        ch_mult=(1, 2),
-        num_res_blocks=1,
-        attn_resolutions=(128,),
-        z_channels=16,
-        n_embed=64,
-        embed_dim=8,
-    )
-    save_file(vqgan_file.VQGAN(config).state_dict(), folder / "vqgan.safetensors")
+    about = {name: str(getattr(TINY_VAE, name)) for name in ("scale_factor", "shift_factor")}
+    save_file(AutoEncoder(TINY_VAE).state_dict(), folder / "vae.safetensors", about)
+    save_file(vqgan_file.VQGAN(TINY_VQGAN).state_dict(), folder / "vqgan.safetensors")
 
     rng = np.random.default_rng(0)
     for shard in range(2):
@@ -330,18 +327,10 @@ def test_vae_equals_flux():
 
 
 def test_vqgan_equals_taming():
-    config = vqgan_file.VQGANConfig(
-        ch=32,
-        ch_mult=(1, 1, 2),
-        num_res_blocks=1,
-        attn_resolutions=(8,),
-        resolution=32,
-        z_channels=16,
-        n_embed=64,
-        embed_dim=8,
-    )
+    layout = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=16, n_embed=64)
+    layout |= dict(attn_resolutions=(8,), resolution=32, embed_dim=8)
     truth = golden("vqgan_tiny")
-    vqgan = fill(vqgan_file.VQGAN(config), 0.1)
+    vqgan = fill(vqgan_file.VQGAN(vqgan_file.VQGANConfig(**layout)), 0.1)
     vqgan.quantize.embedding.weight.copy_(truth["codebook"])
     assert_close(vqgan.pre_quantize(truth["image"]), truth["pre_quant"])
     assert torch.equal(vqgan.encode(truth["image"]), truth["indices"])
@@ -357,28 +346,26 @@ def test_the_nearest_code_is_found_in_float32_under_autocast():
         assert torch.equal(quantizer(z).flatten(), distances.argmin(1))
 
 
-@pytest.mark.parametrize("name", ["flux_ae", "vqgan_f16_1024", "vqgan_f16_16384"])
-def test_the_full_size_autoencoders_are_the_published_ones(name):
+@pytest.mark.parametrize("name, make", [
+    ("flux_ae", lambda: AutoEncoder(AutoEncoderConfig())),
+    ("vqgan_f16_1024", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=1024))),
+    ("vqgan_f16_16384", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig())),
+])
+def test_the_full_size_autoencoders_are_the_published_ones(name, make):
     with open(os.path.join(GOLDEN, f"keys_{name}.json")) as file:
         published = json.load(file)
     with torch.device("meta"):
-        if name == "flux_ae":
-            module = AutoEncoder(AutoEncoderConfig())
-        else:
-            codes = int(name.rpartition("_")[2])
-            module = vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=codes))
+        module = make()
     shapes = {key: list(value.shape) for key, value in module.state_dict().items()}
     assert shapes == published["shapes"]
     assert count_parameters(module) == published["parameters"]
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
-    assert len(norms) > 20
     assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-6)}  # as in both codes
 
 
 # ------------------------------------------------------------------ the autoencoders' files
 
-LOAD = {"vae": load_vae, "vqgan": vqgan_file.load_vqgan}
-CONV_IN, BIAS, Q = "encoder.conv_in.weight", "encoder.conv_in.bias", "decoder.mid.attn_1.q.weight"
+CONV_IN, BIAS = "encoder.conv_in.weight", "encoder.conv_in.bias"
 CODES, BLOCK = "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"
 
 
@@ -388,111 +375,213 @@ def save_changed(tensors, changes, path):
     save_file({name: tensors[name] for name in tensors if tensors[name] is not None}, path)
 
 
-def test_the_vae_reads_its_configuration_off_the_file(world, tmp_path):
+def convert(path):
+    vqgan_file.convert(path, f"{path}.out")
+
+
+def convert_again(path):
+    """What the converter says of a file's tensors in a checkpoint, which lies beside the file."""
+    torch.save({"state_dict": load_file(path)}, f"{path}.ckpt")
+    convert(f"{path}.ckpt")
+
+
+LOADERS = [(load_vae, "vae"), (vqgan_file.load_vqgan, "vqgan"), (convert_again, "vqgan")]
+
+
+def test_the_configuration_is_read_off_the_file(world, tmp_path):
     vae = load_vae(world / "vae.safetensors")
-    layout = dict(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4)
-    assert vae.config == AutoEncoderConfig(**layout, scale_factor=0.5, shift_factor=0.1)
-    assert vae.factor == 4
+    assert vae.config == TINY_VAE
     save_file(load_file(world / "vae.safetensors"), tmp_path / "it")  # without metadata: as FLUX's
-    assert load_vae(tmp_path / "it").config == AutoEncoderConfig(**layout)
-
-
-def test_the_vqgan_reads_its_configuration_off_the_file_less_the_training_loss(world, tmp_path):
-    steps = {"loss.discriminator.steps": torch.zeros(3, dtype=torch.int64)}
-    save_changed(load_file(world / "vqgan.safetensors"), steps, tmp_path / "it")
+    config = load_vae(tmp_path / "it").config
+    assert (config.scale_factor, config.shift_factor) == (0.3611, 0.1159)
+    loss = {"loss.discriminator.steps": torch.zeros(3, dtype=torch.int64)}  # is left out
+    save_changed(load_file(world / "vqgan.safetensors"), loss, tmp_path / "it")
     vqgan = vqgan_file.load_vqgan(tmp_path / "it")
-    config = vqgan.config
-    assert (config.ch, config.ch_mult, config.z_channels) == (32, (1, 2), 16)
-    assert (config.n_embed, config.embed_dim, vqgan.factor) == (64, 8, 2)
-    assert [len(level.attn) for level in vqgan.encoder.down] == [0, 1]
+    assert vqgan.config == TINY_VQGAN
+    assert (vae.factor, vqgan.factor) == (4, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", LOAD)
-def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, name, dtype):
-    tensors = load_file(world / f"{name}.safetensors")
-    save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / "it")
-    module = LOAD[name](tmp_path / "it")
-    assert not module.training
-    for key, parameter in module.named_parameters():
-        assert not parameter.requires_grad
-        assert torch.equal(parameter, tensors[key].to(dtype).float())
+def test_autoencoders_of_any_precision_load_as_float32_frozen(world, tmp_path, dtype):
+    for load, name in LOADERS[:2]:
+        tensors = load_file(world / f"{name}.safetensors")
+        save_file({key: value.to(dtype) for key, value in tensors.items()}, tmp_path / "it")
+        module = load(tmp_path / "it")
+        assert not module.training
+        for key, parameter in module.named_parameters():
+            assert not parameter.requires_grad
+            assert torch.equal(parameter, tensors[key].to(dtype).float())
 
 
-@pytest.mark.parametrize("name, words", [
-    ("vae", ("not a complete safetensors file", "--vae")),
-    ("vqgan", ("not a complete safetensors file", "--vqgan")),
-    ("converter", ("cannot be read safely", "download it again")),
+@pytest.mark.parametrize("load, hint, says", [
+    (load_vae, "--vae", "not a complete safetensors file"),
+    (vqgan_file.load_vqgan, "--vqgan", "not a complete safetensors file"),
+    (convert, "VQ-GAN checkpoint", "nothing in it was run: download it again"),
 ])
-def test_what_is_no_whole_file_is_refused(world, tmp_path, name, words):
-    load = LOAD.get(name, lambda path: vqgan_file.convert(path, tmp_path / "out"))
+def test_what_is_no_whole_file_is_refused(world, checkpoint, tmp_path, load, hint, says):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "fifo", ""):
-        refused(load, path, "not found", *words[1:] * (name in LOAD))
-    torch.save({"state_dict": load_file(world / "vqgan.safetensors")}, tmp_path / "converter")
-    path = world / f"{name}.safetensors" if name in LOAD else tmp_path / "converter"
-    data = path.read_bytes()
-    parts = [data[:size] for size in (0, 5, 100, 1000, -1)]
+        refused(load, path, "not found", hint)
+    wholes = [path.read_bytes() for path in (world / "vqgan.safetensors", checkpoint)]
+    parts = [whole[:size] for whole in wholes for size in (0, 5, 100, 1000, -1)]
     for content in (*parts, b"\x80", b".", b"<html>", bytes(1000)):
         (tmp_path / "cut").write_bytes(content)
-        refused(load, tmp_path / "cut", *words)
+        refused(load, tmp_path / "cut", hint, says)
 
 
 def test_the_files_of_others_are_refused_with_the_way_out(world, tmp_path):
     refused(load_vae, world / "vqgan.safetensors", "VQ-GAN", "--vqgan", "ae.safetensors")
-    refused(LOAD["vqgan"], world / "vae.safetensors", f"missing {CODES}")
-    for load in LOAD.values():
-        refused(load, world / "tiny-clip.safetensors", "layout", CONV_IN)
+    refused(vqgan_file.load_vqgan, world / "vae.safetensors", f"missing {CODES}")
+    for load, _ in LOADERS:
+        shutil.copy(world / "tiny-clip.safetensors", tmp_path / "clip")
+        refused(load, tmp_path / "clip", "layout", CONV_IN)
     names = (CONV_IN, "encoder.down_blocks.0.resnets.0.conv1.weight")
     save_file({name: torch.zeros(32, 3, 3, 3) for name in names}, tmp_path / "it")
     refused(load_vae, tmp_path / "it", "diffusers", "ae.safetensors")
 
 
-def one_value(value):
-    tensor = torch.zeros(64, 64, 1, 1, dtype=torch.float64)
-    tensor[3, 2] = value
-    return tensor
-
-
-IMPOSSIBLE = [  # a tensor, a shape that it cannot have, what the line says
-    (CONV_IN, (0, 3, 3, 3), "floating-point"),
-    (CONV_IN, (32, 0, 3, 3), "floating-point"),
-    (CONV_IN, (32, 4, 3, 3), "4 and 3 channels, where 3 are needed"),
-    (CONV_IN, (48, 3, 3, 3), "48 channels, where a multiple of 32"),
-    (CONV_IN, (32, 3, 3), "3 dimensions, where 4 are needed"),
-    (BLOCK, (48, 32, 3, 3), f"misshapen {BLOCK} (48, 32, 3, 3) for (32, 32, 3, 3)"),
-    (BLOCK, (), f"misshapen {BLOCK} ()"),
-    ("decoder.conv_in.weight", (32, 0, 3, 3), "floating-point"),
-    ("decoder.conv_out.weight", (1, 32, 3, 3), "3 and 1 channels, where 3 are needed"),
+MISFITS = [  # a tensor of both autoencoders, what stands there instead, what the line says
+    ("something.weight", torch.zeros(1), "unexpected something.weight"),
+    ("decoder.mid.block_1.conv1.bias", None, "missing decoder.mid.block_1.conv1.bias"),
+    (CONV_IN, torch.zeros(0, 3, 3, 3), "floating-point"),
+    (CONV_IN, torch.zeros(32, 3, 3, 3).bool(), "floating-point"),
+    (CONV_IN, torch.zeros(32, 4, 3, 3), "4 and 3 channels, where 3 are needed"),
+    (CONV_IN, torch.zeros(48, 3, 3, 3), "48 channels, where a multiple of 32"),
+    (CONV_IN, torch.zeros(64, 3, 3, 3), "32 channels, where a multiple of 32 and of 64"),
+    (CONV_IN, torch.zeros(32, 3, 3), "3 dimensions, where 4 are needed"),
+    (BLOCK, torch.zeros(32, 32, 9), f"misshapen {BLOCK} (32, 32, 9) for (32, 32, 3, 3)"),
+    ("decoder.conv_out.weight", torch.zeros(1, 32, 3, 3), "3 and 1 channels, where 3 are needed"),
 ]
-MISFITS = [  # an autoencoder, a tensor of its file, what stands there instead, what the line says
-    ("vae", "something.weight", torch.zeros(1), "unexpected something.weight"),
-    ("vae", "decoder.mid.block_1.conv1.bias", None, "missing decoder.mid.block_1.conv1.bias"),
-]
-for shape in [(0, 8), (64, 0), (64,), (64, 8, 1), ()]:
-    MISFITS.append(("vqgan", CODES, torch.zeros(shape), CODES))
-for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64):
-    MISFITS.append(("vae", Q, one_value(1).to(dtype), "floating-point"))
-for name in LOAD:
-    MISFITS += [(name, key, torch.zeros(shape), says) for key, shape, says in IMPOSSIBLE]
-    for value in (math.nan, math.inf, -math.inf, 1e300):
-        MISFITS.append((name, Q, one_value(value), f"{Q} that are not finite"))
+for dtype in (torch.int8, torch.bool, torch.complex64):
+    MISFITS.append((BIAS, torch.ones(32, dtype=dtype), f"without floating-point values {BIAS}"))
+for value in (math.nan, math.inf, -math.inf, 1e300):
+    one_value = torch.tensor(31 * [0] + [value], dtype=torch.float64)
+    MISFITS.append((BIAS, one_value, f"{BIAS} that are not finite"))
 
 
-@pytest.mark.parametrize("name, key, value, says", MISFITS)
-def test_a_file_that_does_not_fit_is_refused(world, tmp_path, name, key, value, says):
-    save_changed(load_file(world / f"{name}.safetensors"), {key: value}, tmp_path / "it")
-    refused(LOAD[name], tmp_path / "it", says)
+@pytest.mark.parametrize("key, value, says", MISFITS)
+def test_a_tensor_that_does_not_fit_is_refused(world, tmp_path, key, value, says):
+    for load, name in LOADERS:
+        save_changed(load_file(world / f"{name}.safetensors"), {key: value}, tmp_path / "it")
+        refused(load, tmp_path / "it", says)
 
 
-BAD_SCALING = [("scale_factor", text) for text in ("", "big", "nan", "inf", "0", "1e300")]
-BAD_SCALING += [("shift_factor", text) for text in ("", "0.1, 0.2", "nan", "-inf")]
+@pytest.mark.parametrize("shape", [(64, 0), (64,), (64, 8, 1)])
+def test_a_codebook_that_is_no_matrix_is_refused(world, tmp_path, shape):
+    codes = {CODES: torch.zeros(shape)}
+    save_changed(load_file(world / "vqgan.safetensors"), codes, tmp_path / "it")
+    refused(vqgan_file.load_vqgan, tmp_path / "it", CODES)
 
 
-@pytest.mark.parametrize("name, text", BAD_SCALING)
+@pytest.mark.parametrize("name, text", [
+    *[("scale_factor", text) for text in ("", "big", "nan", "0", "1e300")],
+    *[("shift_factor", text) for text in ("0.1, 0.2", "-inf")],
+])
 def test_a_factor_that_cannot_scale_is_refused(world, tmp_path, name, text):
     save_file(load_file(world / "vae.safetensors"), tmp_path / "it", {name: text})
     refused(load_vae, tmp_path / "it", name, repr(text))
+
+
+# ------------------------------------------------------------------ the converter
+
+
+@pytest.fixture
+def state(world):
+    return load_file(world / "vqgan.safetensors")
+
+
+@pytest.fixture
+def checkpoint(state, tmp_path):
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state[BIAS] = torch.ones(1).expand(32)
+    state[BLOCK] = nn.Parameter(state[BLOCK])
+    state[CODES] = state[CODES].mT.contiguous().mT
+    state["quant_conv.weight"] = state["quant_conv.weight"].half()
+    state["encoder.norm_out.weight"] = state["encoder.norm_out.bias"]  # one tensor, two names
+    loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
+    lightning = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": lightning})
+    content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
+    with monkeypatch.context() as patch:  # Lightning is there when it is saved
+        for name in ("pytorch_lightning", lightning):
+            patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
+        torch.save(content, "last.ckpt")
+    vqgan_file.run(["last.ckpt", "it.safetensors"])
+    converted = load_file("it.safetensors")
+    assert converted.keys() == state.keys()
+    for name, value in state.items():
+        assert converted[name].dtype == value.dtype
+        assert torch.equal(converted[name], value)
+    vqgan_file.load_vqgan("it.safetensors")
+
+
+@pytest.mark.parametrize("value", [
+    "text", torch.zeros(0), torch.ones(32).to_sparse(), torch.ones(32, device="meta"),
+])
+def test_a_value_that_is_no_ordinary_tensor_is_refused_by_name(state, tmp_path, value):
+    path = tmp_path / "last.ckpt"
+    for name in (BIAS, CONV_IN, "other"):
+        torch.save({"state_dict": state | {name: value}}, path)
+        refused(convert, path, name)
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("content, says", [
+    ([1, 2], "no state dict"),
+    ({"state_dict": [1, 2]}, f"missing {CONV_IN}"),
+    ({"state_dict": {"loss.a": torch.ones(1)}}, f"missing {CONV_IN}"),
+    ({"state_dict": {1: torch.ones(1)}}, "first name 1"),
+])
+def test_a_checkpoint_of_anything_else_is_refused(tmp_path, content, says):
+    torch.save(content, tmp_path / "it")
+    refused(convert, tmp_path / "it", says)
+
+
+class Call(tuple):
+    """What a pickle calls when it is read: a function, then its arguments."""
+
+    def __reduce__(self):
+        return self[0], self[1:]
+
+
+@pytest.mark.parametrize("payload, says", [
+    (Call((os.system, "mkdir owned")), "it asks for posix.system"),
+    (Call((eval, "__import__('os').mkdir('owned')")), "it asks for eval"),
+    (Call((bytearray, 10**15)), "MemoryError"),
+    (Fraction(1, 2), "it asks for fractions.Fraction"),
+    # NumPy would take its bytes for the addresses of objects.
+    (np.array([(None,)], dtype=[("field", object)])[0], "UnpicklingError"),
+])
+def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": payload}, "beside.ckpt")
+    (tmp_path / "alone.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
+    for path in ("beside.ckpt", "alone.ckpt"):
+        line = f"{path} cannot be read safely ({says})"
+        refused(convert, path, line)
+        refused(lambda path: load_clip("toy", path), path, line)
+    assert sorted(os.listdir()) == ["alone.ckpt", "beside.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "hard.ckpt", "soft.ckpt"])
+def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path, name):
+    content = checkpoint.read_bytes()
+    os.link(checkpoint, tmp_path / "hard.ckpt")
+    os.symlink(checkpoint, tmp_path / "soft.ckpt")
+    target = tmp_path / name
+    refused(lambda source: vqgan_file.convert(source, target), checkpoint, "both input and output")
+    assert target.read_bytes() == content
+
+
+def test_the_converter_prints_no_raw_name(checkpoint, tmp_path, capsys):
+    vqgan_file.convert(checkpoint, tmp_path / os.fsdecode(b"a\x1b[31m\n\xff.safetensors"))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out[:-1].isprintable()
 
 
 # ------------------------------------------------------------------ reading and writing files
@@ -507,7 +596,7 @@ def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
     assert module.weight.item() == module.bias.item() == 1
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+@pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
     before = os.umask(umask)
     try:
@@ -519,57 +608,27 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_file_is_synced_before_it_is_moved_into_place(tmp_path, monkeypatch):
-    calls = []
-
-    def record(name, real):
-        def call(*arguments):
-            calls.append(name)
-            real(*arguments)
-
-        monkeypatch.setattr(os, name, call)
-
-    record("fsync", os.fsync)
-    record("replace", os.replace)
-    gh.write_json(tmp_path / "it.json", 1)
-    assert calls == ["fsync", "replace"]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("no")])
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
-    def write(part):
-        with open(part, "w") as file:
-            file.write("half")
-        raise error
-
-    path = tmp_path / "it.txt"
+def test_what_is_not_synced_is_not_moved_into_place_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "it.json"
     path.write_text("old")
-    says = ("could not be written", getattr(error, "strerror", "(no)"))
-    refused(lambda path: gh.write_file(path, write), path, *says)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["it.txt"]
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path):
-    def write(part):
-        raise KeyboardInterrupt
-
+    full = OSError(28, "No space left on device")
+    for error, reason in ((full, "No space left on device"), (SafetensorError("no"), "no")):
+        monkeypatch.setattr(os, "fsync", fails(error))
+        refused(lambda path: gh.write_json(path, 1), path, f"could not be written ({reason})")
+    monkeypatch.setattr(os, "fsync", fails(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        gh.write_file(tmp_path / "it.txt", write)
-    assert os.listdir(tmp_path) == []
-
-
-def bad_outputs(folder):
-    """Paths that cannot be files."""
-    (folder / "file").write_text("old")
-    (folder / "folder").mkdir()
-    names = ["folder", "folder/", "new/", "file/below", "a" * 300]
-    return ["", *(f"{folder}/{name}" for name in names), "/proc/it"]
+        gh.write_json(path, 1)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["it.json"]
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
-    for path in bad_outputs(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    names = ["folder", "folder/", "new/", "file/below", "a" * 300]
+    for path in ("", *(f"{tmp_path}/{name}" for name in names), "/proc/it"):
         refused(lambda path: gh.write_json(path, 1), path)
+        refused(lambda path: gh.write_weights(path, {}), path)
 
 
 def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
@@ -584,13 +643,11 @@ def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
 
 @pytest.mark.parametrize("old, new", [
     (b"weight", b"height"), (b"F16", b"I16"), (b"[2,3]", b"[3,2]"), (b"step", b"stop"),
-    (bytes(5 * 2) + b"\0<", bytes(5 * 2) + b"\0="),
+    (b"\0E", b"\0F"),  # 5.0 becomes 6.0
 ])
 def test_any_change_of_what_was_written_is_noticed(tmp_path, old, new):
     path = tmp_path / "it.safetensors"
-    tensors = {"weight": torch.tensor(6 * [0.0]).half().view(2, 3)}
-    tensors["weight"][1, 2] = 1
-    gh.write_weights(path, tensors, {"step": 3})
+    gh.write_weights(path, {"weight": torch.arange(6).half().view(2, 3)}, {"step": 3})
     content = path.read_bytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
@@ -608,184 +665,18 @@ def command(capsys, run, *argv):
     return end.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind, argument, status, line", [
-    (UserError, "x: no such thing", 2, "it.py: x: no such thing\n"),
-    (UserError, "a\x1b[31m\n\u202eé日 is bad", 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
-    (KeyboardInterrupt, "", 130, "\nit.py: interrupted\n"),  # a shell's status
+@pytest.mark.parametrize("error, status, line", [
+    (UserError("x: no such thing"), 2, "it.py: x: no such thing\n"),
+    (UserError("a\x1b[31m\n\u202eé日 is bad"), 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
+    (UserError("In a worker:\ngenhancer.UserError: it is cut\n"), 2, "it.py: it is cut\n"),
+    (KeyboardInterrupt(), 130, "\nit.py: interrupted\n"),  # a shell's status
 ])
-def test_a_failed_command_is_one_line_that_cannot_control_the_terminal(
-    capsys, kind, argument, status, line
-):
-    def run(argv):
-        raise kind(*argv)
-
-    assert command(capsys, run, argument) == (status, line)
+def test_a_failed_command_is_one_line_that_controls_no_terminal(capsys, error, status, line):
+    assert command(capsys, fails(error)) == (status, line)
 
 
-def test_a_mistake_in_a_data_worker_is_one_line(capsys):
-    def fail(samples):
-        raise UserError("shard 3 is cut")
-
-    def run(argv):
-        list(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=fail))
-
-    assert command(capsys, run) == (2, "it.py: shard 3 is cut\n")
-
-
-@pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "c"], ["--nope", "a", "b"]])
-def test_a_wrong_usage_of_the_converter_is_one_line(capsys, argv):
-    status, line = command(capsys, vqgan_file.run, *argv)
-    assert status == 2
-    assert line.startswith("it.py: ") and line.count("\n") == 1
-
-
-# ------------------------------------------------------------------ the converter
-
-LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
-
-
-@pytest.fixture
-def state(world):
-    return load_file(world / "vqgan.safetensors")
-
-
-def convert(folder, content):
-    """Convert what is saved as a checkpoint, and return the result's tensors."""
-    torch.save(content, folder / "last.ckpt")
-    vqgan_file.convert(folder / "last.ckpt", folder / "it.safetensors")
-    return load_file(folder / "it.safetensors")
-
-
-def test_a_lightning_checkpoint_is_converted(state, tmp_path, monkeypatch):
-    callback = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
-    module = types.ModuleType(LIGHTNING)
-    module.ModelCheckpoint = callback
-    with monkeypatch.context() as patch:  # Lightning is there when it is saved
-        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", LIGHTNING):
-            patch.setitem(sys.modules, name, module)
-        loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
-        content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
-        torch.save(content, tmp_path / "last.ckpt")
-    vqgan_file.convert(tmp_path / "last.ckpt", tmp_path / "it.safetensors")
-    converted = load_file(tmp_path / "it.safetensors")
-    assert converted.keys() == state.keys()
-    assert all(torch.equal(converted[name], state[name]) for name in state)
-    vqgan_file.load_vqgan(tmp_path / "it.safetensors")
-
-
-def views_of_one_storage(state):
-    storage = torch.randn(sum(value.numel() for value in state.values()))
-    parts = storage.split([value.numel() for value in state.values()])
-    return {name: part.view(state[name].shape) for name, part in zip(state, parts, strict=True)}
-
-
-NORM = "encoder.mid.block_1.norm"
-USABLE = {
-    "views": views_of_one_storage,
-    "order": lambda state: {name: v.mT.contiguous().mT for name, v in state.items() if v.dim() > 1},
-    "expanded": lambda state: {BIAS: torch.ones(1).expand(32)},
-    "half": lambda state: {name: value.half() for name, value in state.items()},
-    "parameters": lambda state: {name: nn.Parameter(value) for name, value in state.items()},
-    "negative view": lambda state: {BIAS: torch._neg_view(torch.ones(32))},
-    "two names": lambda state: {f"{NORM}1.weight": state[f"{NORM}2.weight"]},
-}
-
-
-@pytest.mark.parametrize("kind", USABLE)
-def test_tensors_of_every_usable_kind_are_converted(state, tmp_path, kind):
-    state = state | USABLE[kind](state)
-    converted = convert(tmp_path, {"state_dict": state})
-    for name, value in state.items():
-        assert converted[name].dtype == value.dtype
-        assert torch.equal(converted[name], value)
-
-
-UNUSABLE = ["text", 3, None, [1.0], torch.zeros(0), torch.zeros(31), torch.full((32,), math.nan)]
-UNUSABLE += [torch.zeros(32, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64)]
-UNUSABLE += [torch.ones(32).to_sparse(), torch.ones(32, device="meta")]
-CHECKPOINTS = [  # what is no VQ-GAN's checkpoint, what the line says
-    ([1, 2], "no state dict"),
-    ({"model": {}}, f"missing {CONV_IN}"),
-    ({"state_dict": [1, 2]}, f"missing {CONV_IN}"),
-    ({"state_dict": {"loss.a": torch.ones(1)}}, f"missing {CONV_IN}"),
-    ({"state_dict": {1: torch.ones(1)}}, "first name 1"),
-]
-
-
-def checkpoint_refused(folder, content, says):
-    path = folder / "last.ckpt"
-    torch.save(content, path)
-    refused(lambda path: vqgan_file.convert(path, folder / "it"), path, says)
-    assert os.listdir(folder) == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("value", UNUSABLE)
-def test_a_value_of_any_other_kind_is_refused_by_name(state, tmp_path, value):
-    for name in (BIAS, CONV_IN, "other"):
-        checkpoint_refused(tmp_path, {"state_dict": state | {name: value}}, name)
-
-
-def test_a_checkpoint_of_anything_else_is_refused(world, tmp_path):
-    vae = {"state_dict": load_file(world / "vae.safetensors")}
-    for content, says in [*CHECKPOINTS, (vae, f"missing {CODES}")]:
-        checkpoint_refused(tmp_path, content, says)
-
-
-class Payload:
-    """What pickles as a call, such as one that makes the folder "owned"."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        function, *arguments = self.call
-        return function, tuple(arguments)
-
-
-HOLDS_OBJECTS = np.array([(None,)], dtype=[("field", object)])[0]
-PAYLOADS = [
-    (Payload(os.mkdir, "owned"), "it asks for posix.mkdir"),
-    (Payload(os.system, "mkdir owned"), "it asks for posix.system"),
-    (Payload(eval, "__import__('os').mkdir('owned')"), "it asks for eval"),
-    (Payload(bytearray, 10**15), "MemoryError"),
-    (Fraction(1, 2), "it asks for fractions.Fraction"),
-    (HOLDS_OBJECTS, "UnpicklingError"),  # its bytes are taken for addresses
-]
-
-
-@pytest.mark.parametrize("payload, says", PAYLOADS)
-def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, payload, says):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {}, "extra": payload}, "beside.ckpt")
-    torch.save({"state_dict": [payload]}, "inside.ckpt")
-    (tmp_path / "alone.ckpt").write_bytes(pickle.dumps(payload, protocol=2))
-    for path in ("beside.ckpt", "inside.ckpt", "alone.ckpt"):
-        line = f"{path} cannot be read safely ({says})"
-        refused(lambda path: vqgan_file.convert(path, "it"), path, line)
-        refused(lambda path: load_clip("toy", path), path, line)
-    assert sorted(os.listdir()) == ["alone.ckpt", "beside.ckpt", "inside.ckpt"]
-
-
-def test_a_checkpoint_is_not_written_over(state, tmp_path):
-    source = tmp_path / "last.ckpt"
-    torch.save({"state_dict": state}, source)
-    content = source.read_bytes()
-    os.link(source, tmp_path / "hard.ckpt")
-    os.symlink(source, tmp_path / "soft.ckpt")
-    for name in ("last.ckpt", "hard.ckpt", "soft.ckpt"):
-        with pytest.raises(UserError, match="both input and output"):
-            vqgan_file.convert(source, tmp_path / name)
-        assert (tmp_path / name).read_bytes() == content
-
-
-def test_the_converters_output_is_a_file_and_prints_no_raw_name(state, tmp_path, capsys):
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    for path in bad_outputs(tmp_path):
-        refused(lambda path: vqgan_file.convert(tmp_path / "last.ckpt", path), path)
-    for name in ("a\x1b[31m\n.safetensors", os.fsdecode(b"a\xff.safetensors")):
-        vqgan_file.convert(tmp_path / "last.ckpt", f"{tmp_path}/{name}")
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1 and out[:-1].isprintable()
+def test_a_wrong_usage_of_the_converter_is_one_line():
+    refused(lambda _: vqgan_file.run(["last.ckpt"]), "OUT.safetensors", "--help lists all options")
 
 
 # ------------------------------------------------------------------ what trains, what is returned
