@@ -668,11 +668,16 @@ def command(capsys, run, *argv):
 @pytest.mark.parametrize("error, status, line", [
     (UserError("x: no such thing"), 2, "it.py: x: no such thing\n"),
     (UserError("a\x1b[31m\n\u202eé日 is bad"), 2, "it.py: a\\x1b[31m\\n\\u202eé日 is bad\n"),
-    (UserError("In a worker:\ngenhancer.UserError: it is cut\n"), 2, "it.py: it is cut\n"),
     (KeyboardInterrupt(), 130, "\nit.py: interrupted\n"),  # a shell's status
 ])
 def test_a_failed_command_is_one_line_that_controls_no_terminal(capsys, error, status, line):
     assert command(capsys, fails(error)) == (status, line)
+
+
+def test_a_mistake_in_a_data_worker_is_one_line(capsys):
+    collate = fails(UserError("it is cut"))
+    loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=collate)
+    assert command(capsys, lambda argv: list(loader)) == (2, "it.py: it is cut\n")
 
 
 def test_a_wrong_usage_of_the_converter_is_one_line():
