@@ -5342,7 +5342,7 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
     words = [" ".join(command).replace(str(tmp_path), "OUT") for command in commands]
     common = f"train.py --preset toy --seed 0 --clip-weights {weights} --out OUT/clip-0/"
     start = "--init OUT/clip-0/rf/stage1/last.safetensors"  # frozen shares rf's stage 1
-    second = "--steps 240 --export-every 40 --lr-clip 0.0004"
+    second = "--steps 240 --export-every 40 --lr-clip 4e-4"
     expected = [
         "toy/make_toy.py clip --seed 5 --regime weak --out OUT/clip-5",
         "toy/make_toy.py clip --seed 0 --regime full --out OUT/clip-full",

@@ -62,7 +62,6 @@ class Arm:
     stage1: str = ""         # of stage 1 alone
     stage2: str = ""         # of stage 2 alone
     stage: str = "2"
-    rate: float = 4e-4       # of the visual tower
     clips: tuple = FEW
     share: float = math.nan  # of its reference's gain, what it loses in the paper
     primary: tuple = EQUAL   # the outcome that decides
@@ -110,7 +109,7 @@ ARMS = (
     Arm("mask .5", "Table 8", AS_WELL, f"{DISCRETE} --mask-ratio 0.5 0.5", **AGAIN),
     Arm("mask .75", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.75 0.75", share=1.5 / 9.6),
     Arm("mask .9", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.9 0.9", share=3.0 / 9.6),
-    Arm("direct", "Fig. 8", WORSE, stage2="--no-lora", rate=1e-4, clips=MANY[1:], primary=KEPT),
+    Arm("direct", "Fig. 8", WORSE, stage2="--no-lora --lr-clip 1e-4", clips=MANY[1:], primary=KEPT),
     Arm("direct, 4e-4", "Fig. 8", stage2="--no-lora", clips=FEW[1:]),  # CLIP 0 chose its rate
     Arm("frozen", "Fig. 9", AS_WELL, stage2="--freeze-denoiser", **AGAIN),
     Arm("stage 1: 60 steps", "Fig. 1b", WORSE, stage1="--steps 60", **AGAIN),
@@ -177,7 +176,7 @@ def add_cell(out, plan, arm, clip, phases):
     folder = f"{home}/{arm.name}"
     steps = plan["stage 2"]
     flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {math.gcd(*steps)}"
-    flags += f" --lr-clip {arm.rate} {arm.flags} {arm.stage2}"
+    flags += f" --lr-clip 4e-4 {arm.flags} {arm.stage2}"
     result = f"{folder}/clip.safetensors"
     phases["stage 2"][result] = [*train, folder, *flags.split(), *init]
 
