@@ -11,9 +11,7 @@ once. OUT/full/ablation.csv holds all that the report needs; all the rest, 14 GB
 """
 import csv
 import fcntl
-import glob
 import io
-import json
 import logging
 import math
 import os
@@ -21,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 from argparse import RawDescriptionHelpFormatter
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
-from eval_mmvp import ImageFiles, check_zeroshot, encode_texts, read_benchmark
-from genhancer import Parser, UserError, load_clip, run_command, write_json, write_text
-from toy.make_toy import PATTERNS, write_benchmark, write_classes
+from eval_mmvp import evaluate
+from genhancer import Parser, UserError, load_clip, read_json, run_command, write_text
+from toy.make_toy import draw_world, write_benchmark, write_classes
 
 # ---- The design ----------------------------------------------------------------------------------
 
@@ -62,7 +62,6 @@ class Arm:
     stage1: str = ""         # of stage 1 alone
     stage2: str = ""         # of stage 2 alone
     stage: str = "2"
-    rate: float = 4e-4       # of the visual tower
     clips: tuple = FEW
     share: float = math.nan  # of its reference's gain, what it loses in the paper
     primary: tuple = EQUAL   # the outcome that decides
@@ -89,10 +88,11 @@ def table4(*points):
 
 
 DISCRETE = "--denoiser perceiver"
+AGAIN = {"clips": MANY, "looks": 2}
 ARMS = (
     Arm("rf", clips=MANY),
     Arm("perceiver", "Table 6", WORSE, DISCRETE, clips=MANY, share=3.0 / 12.6),
-    Arm("local .1", "Fig. 5", WORSE, "--local-ratio 0.1", clips=MANY, looks=2),
+    Arm("local .1", "Fig. 5", WORSE, "--local-ratio 0.1", **AGAIN),
     Arm("local .5", "Fig. 5", WORSE, "--local-ratio 0.5", clips=MANY),
     Arm("local 1", "Fig. 5", WORSE, "--local-ratio 1"),
     Arm("perceiver, local .5", "Fig. 5", WORSE, f"{DISCRETE} --local-ratio 0.5", primary=AFTER),
@@ -100,22 +100,20 @@ ARMS = (
     Arm("uniform t", "Table 4", WORSE, "--timesteps uniform", clips=MANY,
         share=table4(10.4, 7.4, 8.2)),
     Arm("s = .1", "Table 4", WORSE, "--scale 0.1", share=table4(4.5, 3.7, 5.2)),
-    Arm("s = .5", "Table 4", WORSE, "--scale 0.5", clips=MANY, looks=2,
-        share=table4(3.7, 0.7, 2.3)),
+    Arm("s = .5", "Table 4", WORSE, "--scale 0.5", share=table4(3.7, 0.7, 2.3), **AGAIN),
     Arm("s = 5", "Table 4", WORSE, "--scale 5", share=table4(7.4, 3.7, 6.0)),
     Arm("s = 10", "Table 4", WORSE, "--scale 10", share=table4(11.2, 9.6, 10.4)),
-    Arm("depth 2 + 4", "Table 5", NO_BETTER, "--depth 2 4", clips=MANY, looks=2),
+    Arm("depth 2 + 4", "Table 5", NO_BETTER, "--depth 2 4", **AGAIN),
     Arm("layers 2", "Table 5", WORSE, f"{DISCRETE} --layers 2", share=2.2 / 5.9),
     Arm("layers 6", "Table 5", BETTER, f"{DISCRETE} --layers 6", share=1.5 / 5.9),
-    Arm("mask .5", "Table 8", AS_WELL, f"{DISCRETE} --mask-ratio 0.5 0.5",
-        clips=MANY, looks=2),
+    Arm("mask .5", "Table 8", AS_WELL, f"{DISCRETE} --mask-ratio 0.5 0.5", **AGAIN),
     Arm("mask .75", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.75 0.75", share=1.5 / 9.6),
     Arm("mask .9", "Table 8", WORSE, f"{DISCRETE} --mask-ratio 0.9 0.9", share=3.0 / 9.6),
-    Arm("direct", "Fig. 8", WORSE, stage2="--no-lora", rate=1e-4, clips=MANY[1:], primary=KEPT),
+    Arm("direct", "Fig. 8", WORSE, stage2="--no-lora --lr-clip 1e-4", clips=MANY[1:], primary=KEPT),
     Arm("direct, 4e-4", "Fig. 8", stage2="--no-lora", clips=FEW[1:]),  # CLIP 0 chose its rate
-    Arm("frozen", "Fig. 9", AS_WELL, stage2="--freeze-denoiser", clips=MANY, looks=2),
-    Arm("stage 1: 60 steps", "Fig. 1b", WORSE, stage1="--steps 60", clips=MANY, looks=2),
-    Arm("stage 1: 500 steps", "Fig. 1b", NO_BETTER, stage1="--steps 500", clips=MANY, looks=2),
+    Arm("frozen", "Fig. 9", AS_WELL, stage2="--freeze-denoiser", **AGAIN),
+    Arm("stage 1: 60 steps", "Fig. 1b", WORSE, stage1="--steps 60", **AGAIN),
+    Arm("stage 1: 500 steps", "Fig. 1b", NO_BETTER, stage1="--steps 500", **AGAIN),
     Arm("shuffled target", "control", WORSE, stage2="--shuffle-target", primary=AFTER),
     Arm("all captions", clips=("full",)),  # rf on the CLIP of make_toy.py clip --regime full
 )
@@ -143,32 +141,29 @@ def run_grid(out, plan, jobs):
 
     It holds all cells of the folder, those of other --arms too.
     """
-    torch.set_num_threads(1)
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every CLIP that is scored
-    phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: (command, its log)}
-    cells = {}  # {file: what score_cell takes}
+    draw_world(f"{HERE}/data")
+    phases = {"CLIPs": {}, "stage 1": {}, "stage 2": {}}  # of each: {file: the command for it}
+    exported = {}  # {(clip, arm, step): weights}
     for name in plan["arms"]:
         for clip in ARMS[name].clips:
             if clip in plan["clips"]:
-                add_cell(out, plan, ARMS[name], clip, phases, cells)
-    call(["toy/make_toy.py"], f"{out}/world.log")
+                exported |= add_cell(out, plan, ARMS[name], clip, phases)
     for what, commands in phases.items():
-        run_missing(what, call, commands, jobs)
-    if not all(map(os.path.exists, cells)):
-        run_missing("scores", partial(score_cell, load_test(out, plan)), cells, jobs)
-    write_csv(f"{out}/ablation.csv", sorted(glob.glob(f"{glob.escape(out)}/clip-*/*.json")))
+        run_missing(what, commands, jobs)
+    draw_test(f"{out}/test", plan)
+    torch.set_num_threads(jobs)
+    score_missing(out, exported)
 
 
-def add_cell(out, plan, arm, clip, phases, cells):
-    """Note what a cell needs: the commands, and the CLIPs to be scored."""
+def add_cell(out, plan, arm, clip, phases):
+    """Note the commands that a cell needs; {(clip, arm, step): weights} that they make."""
     home = f"{out}/clip-{clip}"
     weights = f"{HERE if clip == '0' else home}/clip.safetensors"  # 0 is the committed CLIP
-    seed = "0" if clip == "full" else clip
-    command = ["toy/make_toy.py", "clip", "--seed", seed, "--out", home]
-    command += ["--regime", "full"] if clip == "full" else []
-    phases["CLIPs"][weights] = command, f"{home}.log"
-    common = ["train.py", "--preset", "toy", "--seed", seed, "--clip-weights", weights, "--out"]
+    seed, regime = ("0", "full") if clip == "full" else (clip, "weak")
+    command = f"toy/make_toy.py clip --seed {seed} --regime {regime} --out"
+    phases["CLIPs"][weights] = [*command.split(), home]
 
+    train = ["train.py", "--preset", "toy", "--seed", seed, "--clip-weights", weights, "--out"]
     init = []
     if arm.stage == "2":
         folder = f"{home}/{arm.start.name}"
@@ -176,31 +171,29 @@ def add_cell(out, plan, arm, clip, phases, cells):
         init = ["--init", start]
         # Of a flag that comes twice, train.py takes the last.
         flags = f"--stage 1 --steps {plan['stage 1']} {arm.start.flags} {arm.start.stage1}"
-        phases["stage 1"][start] = [*common, folder, *flags.split()], f"{folder}.log"
+        phases["stage 1"][start] = [*train, folder, *flags.split()]
 
     folder = f"{home}/{arm.name}"
     steps = plan["stage 2"]
     flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {math.gcd(*steps)}"
-    flags += f" --lr-clip {arm.rate} {arm.flags} {arm.stage2}"
+    flags += f" --lr-clip 4e-4 {arm.flags} {arm.stage2}"
     result = f"{folder}/clip.safetensors"
-    phases["stage 2"][result] = [*common, folder, *flags.split(), *init], f"{folder}.log"
-    exported = {step: f"{folder}/clip-{step:06}.safetensors" for step in steps[:-1]}
-    exported[steps[-1]] = result
-    for name, clips in (("original", {0: weights}), (arm.name, exported)):
-        path = f"{home}/{name}.json"
-        cells[path] = path, name, clip, clips
+    phases["stage 2"][result] = [*train, folder, *flags.split(), *init]
+
+    exported = {(clip, "original", 0): weights, (clip, arm.name, steps[-1]): result}
+    for step in steps[:-1]:
+        exported[clip, arm.name, step] = f"{folder}/clip-{step:06}.safetensors"
+    return exported
 
 
-def run_missing(what, function, tasks, jobs):
-    """Call function(*task) for each file in {file: task} that is missing, `jobs` at a time.
+def run_missing(what, commands, jobs):
+    """Run the command of each file in {file: command} that is missing, `jobs` at a time.
 
     train.py goes on with a killed run. After an error no further one begins.
     """
+    missing = [path for path in commands if not os.path.exists(path)]
     with ThreadPoolExecutor(jobs) as pool:
-        runs = []
-        for path, task in tasks.items():
-            if not os.path.exists(path):
-                runs.append(pool.submit(function, *task))
+        runs = [pool.submit(call, commands[path], f"{path}.log") for path in missing]
         try:
             for run in tqdm(as_completed(runs), what, len(runs)):
                 run.result()
@@ -208,111 +201,84 @@ def run_missing(what, function, tasks, jobs):
             pool.shutdown(cancel_futures=True)
 
 
-def call(words, log):
+def call(command, log):
     """Run a program of the project as a user does; what it says goes into the file `log`."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
+    words = [sys.executable, *command]
+    env = os.environ | ENVIRONMENT
     with open(log, "a") as file:
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=os.path.dirname(HERE),
-            env=os.environ | ENVIRONMENT,
-            stdout=file,
-            stderr=file,
-            close_fds=False,  # it holds the grid's lock, even if the grid is killed
-        )
+        done = subprocess.run(words, cwd=os.path.dirname(HERE), env=env, stdout=file, stderr=file)
     if done.returncode != 0:
-        raise UserError(f"{' '.join(words)} failed: see {log}; the same command goes on")
+        raise UserError(f"{' '.join(command)} failed: see {log}; the same command goes on")
 
 
-def load_test(out, plan):
-    """Draw the test, once, and read all of it into memory."""
-    folder = f"{out}/test"
-    if not os.path.isdir(folder):
-        with tempfile.TemporaryDirectory(dir=out) as private:
-            new = f"{private}/test"
-            pairs = write_benchmark(f"{new}/mmvp", PAIR_SEED, plan["pairs"])
-            images = write_classes(f"{new}/zeroshot", IMAGE_SEED, plan["images"])
-            for part in (pairs, images):
-                for _ in tqdm(part, "drawing the test"):
-                    pass
-            os.rename(new, folder)
-    preprocess = load_clip("toy")[1]
-    pairs = read_benchmark(f"{folder}/mmvp")
-    files = ImageFiles([file for pair in pairs for file in pair["images"]], preprocess)
-    classes, names, _ = check_zeroshot("folder", f"{folder}/zeroshot", preprocess)
-    return {
-        "patterns": np.array([pair["type"] for pair in pairs]),
-        "statements": ["a photo of " + text for pair in pairs for text in pair["statements"]],
-        "pairs": torch.stack([image for image, _ in tqdm(files, "reading pairs")]),
-        "names": [f"a photo of a {name}." for name in names],
-        "labels": torch.tensor(classes.targets),
-        "images": torch.stack([image for image, _ in tqdm(classes, "reading images")]),
-    }
+def draw_test(folder, plan):
+    """Draw the test, unless it is there: whole, or not at all."""
+    if os.path.isdir(folder):
+        return
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as private:
+        new = f"{private}/test"
+        pairs = write_benchmark(f"{new}/mmvp", PAIR_SEED, plan["pairs"])
+        images = write_classes(f"{new}/zeroshot", IMAGE_SEED, plan["images"])
+        for _ in tqdm(chain(pairs, images), "drawing the test"):
+            pass
+        os.rename(new, folder)
 
 
-def score_cell(test, path, arm, clip, files):
-    """Score the CLIPs of a cell, {step: file}, and write its file `path`: a list of points."""
-    about = {"arm": arm, "clip": clip}
-    if arm != "original":
-        stage = "e2e" if ARMS[arm].stage == "e2e" else "stage2"
-        folder = os.path.join(path.removesuffix(".json"), stage)
-        with open(f"{folder}/settings.json") as file:
-            settings = json.load(file)
-        with open(f"{folder}/log.csv", newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-        about["rate"] = settings["lr_clip"]
-        about["precision"] = settings["precision"]
-        about["heldout"] = last["heldout"]  # the loss after stage 2
-    points = []
-    for step, weights in files.items():
-        points.append(about | {"step": step} | score(test, weights))
-    write_json(path, points)
+def score_missing(out, exported):
+    """Score each of {(clip, arm, step): weights} that is not in ablation.csv, and add it there."""
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every CLIP
+    path = f"{out}/ablation.csv"
+    rows = {}
+    if os.path.exists(path):
+        rows = {(row["clip"], row["arm"], int(row["step"])): row for row in read_rows(path)}
+    for key in tqdm([key for key in exported if key not in rows], "scores"):
+        rows[key] = score(out, *key, exported[key])
+        write_rows(path, [rows[key] for key in sorted(rows)])
 
 
-@torch.no_grad()
-def score(test, weights):
-    """What eval_mmvp.py's evaluate says of a CLIP, in half the time, and the margin.
+def score(out, clip, arm, step, weights):
+    """A line of the csv: what eval_mmvp.py says of a CLIP, and the margin.
 
     "margin": the logit by which the right image leads, for a pair's worse statement, within +-4.
     """
-    clip, _, tokenizer = load_clip("toy", weights)
-
-    def encode(images):
-        batches = images.split(50)  # of 250, a third of the time would go into fresh memory
-        return torch.cat([clip.encode_image(x, normalize=True) for x in batches])
-
-    distinct, which = np.unique(test["statements"], return_inverse=True)
-    texts = encode_texts(clip, tokenizer, distinct.tolist(), 64)[which]
-    texts = texts.unflatten(0, (-1, 2))                       # (pairs, 2 statements, D)
-    images = encode(test["pairs"]).unflatten(0, (-1, 2))      # (pairs, 2 images, D)
-    logits = clip.logit_scale.exp() * texts @ images.mT       # (pairs, 2 statements, 2 images)
-    lead = logits[:, :, 0] - logits[:, :, 1]                  # of the first image
-    margins = torch.minimum(lead[:, 0], -lead[:, 1]).numpy()  # (pairs,)
-    right = [(margins[test["patterns"] == pattern] > 0).mean() for pattern in PATTERNS]
-
-    names = encode_texts(clip, tokenizer, test["names"], 64)
-    chosen = (encode(test["images"]) @ names.T).argmax(dim=1)
-    hits = chosen == test["labels"]
-    return {
-        "pairs": 100 * float(np.mean(right)),  # of the patterns, each counts as much
-        "zeroshot": 100 * float(hits.double().mean()),
-        "margin": float(margins.clip(-4, 4).mean()),
+    tasks = [("folder", f"{out}/test/zeroshot")]
+    result = evaluate(*load_clip("toy", weights), f"{out}/test/mmvp", tasks)
+    scores = np.array([pair["scores"] for pair in result["pairs"]]).clip(1e-9, 1 - 1e-9)
+    leads = np.log(scores / (1 - scores))  # (pairs, 2 statements), of the first image
+    margins = np.minimum(leads[:, 0], -leads[:, 1])
+    row = {
+        "arm": arm,
+        "clip": clip,
+        "step": step,
+        "pairs": result["average"],
+        "zeroshot": result["zeroshot"]["folder accuracy"],
+        "margin": margins.clip(-4, 4).mean(),
     }
+    if arm == "original":
+        return row
+    folder = f"{out}/clip-{clip}/{arm}/{'e2e' if ARMS[arm].stage == 'e2e' else 'stage2'}"
+    settings = read_json(f"{folder}/settings.json")
+    last = read_rows(f"{folder}/log.csv")[-1]
+    row |= {"rate": settings["lr_clip"], "precision": settings["precision"]}
+    return row | {"heldout": last["heldout"]}  # the loss after stage 2
 
 
 NUMBERS = ("heldout", "step", "pairs", "zeroshot", "margin")
 
 
-def write_csv(path, cells):
-    """A line for each CLIP that was scored; `cells` are the cells' files."""
+def write_rows(path, rows):
     text = io.StringIO()
     columns = ["arm", "clip", "rate", "precision", *NUMBERS]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for cell in cells:
-        with open(cell) as file:
-            writer.writerows(json.load(file))
+    writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read_csv(path):
@@ -320,11 +286,10 @@ def read_csv(path):
     if not os.path.isfile(path):
         raise UserError(f"{path} not found: run the grid, or name its ablation.csv")
     curves = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for name in NUMBERS:
-                row[name] = float(row[name] or "nan")
-            curves.setdefault((row["arm"], row["clip"]), []).append(row)
+    for row in read_rows(path):
+        for name in NUMBERS:
+            row[name] = float(row[name] or "nan")
+        curves.setdefault((row["arm"], row["clip"]), []).append(row)
     return {
         (name, clip): curves["original", clip] + points
         for (name, clip), points in curves.items() if name != "original"}
@@ -362,11 +327,8 @@ def residual(values):
     values = {key: value for key, value in values.items() if not math.isnan(value)}
     if not values:
         return math.nan, 0
-    effects = sorted({effect for key in values for effect in enumerate(key)})
-    design = np.zeros((len(values), len(effects)))
-    for row, key in enumerate(values):
-        for effect in enumerate(key):
-            design[row, effects.index(effect)] = 1
+    effects = sorted({effect for key in values for effect in key})
+    design = np.array([[effect in key for effect in effects] for key in values], dtype=float)
     seen = np.array(list(values.values()))
     solution = np.linalg.lstsq(design, seen)[0]
     freedom = len(seen) - int(np.linalg.matrix_rank(design))
@@ -378,11 +340,10 @@ def residual(values):
 
 def noise(curves, family, outcome):
     """The residual of the gains of a family's arms."""
-    values = {}
-    for (name, clip), curve in curves.items():
-        if ARMS[name].family == family and name not in APART:
-            values[name, clip] = gain(curve, outcome)
-    return residual(values)
+    return residual({
+        (name, clip): gain(curve, outcome)
+        for (name, clip), curve in curves.items()
+        if ARMS[name].family == family and name not in APART})
 
 
 @lru_cache
@@ -401,25 +362,16 @@ def half_width(error, freedom, looks=1):
     return error * float(np.interp(0.05 / looks, p[::-1], t[::-1]))
 
 
-@dataclass
-class Difference:
-    """What an arm gains more than its reference."""
+def p_value(t, freedom, looks=1):
+    """The two-sided p of Student's t, by Bonferroni over the looks; 1 if t is NaN."""
+    if math.isnan(t):
+        return 1.0
+    return min(1.0, looks * float(np.interp(abs(t), *student(freedom))))
 
-    mean: float    # over CLIPs
-    error: float   # its standard error
-    freedom: int   # the degrees of freedom
-    clips: int     # how many
-    effect: float  # P, the paper's: a share of what the reference gains here
-    looks: int = 1
 
-    @property
-    def half(self):
-        return half_width(self.error, self.freedom, self.looks)
-
-    def p(self, value):
-        """The two-sided p of a true difference of `value`, by Bonferroni over the looks."""
-        t = abs(self.mean - value) / self.error
-        return min(1.0, self.looks * float(np.interp(t, *student(self.freedom))))
+# What an arm gains more than its reference, over so many CLIPs: the mean, half of its interval, its
+# standard error and the degrees of freedom of that; and P, the paper's effect.
+Difference = namedtuple("Difference", "mean half error freedom clips effect")
 
 
 def compare(curves, arm, outcome):
@@ -444,8 +396,9 @@ def compare(curves, arm, outcome):
         freedom = len(clips) - 1
         deviation = np.std(differences, ddof=1) if freedom else math.nan
     error = deviation / math.sqrt(len(clips))
+    half = half_width(error, freedom, arm.looks)
     effect = arm.share * other.mean()
-    return Difference(differences.mean(), error, freedom, len(clips), effect, arm.looks)
+    return Difference(differences.mean(), half, error, freedom, len(clips), effect)
 
 
 def judge(expected, low, high, effect):
@@ -457,23 +410,21 @@ def judge(expected, low, high, effect):
     side = math.copysign(1, low + high)
     enough = 1 if math.isnan(effect) else effect / 2
     nearest = 0 if low + high < enough else enough
-    rules = {
-        AS_WELL: [
+    if expected == AS_WELL:
+        rules = [
             (low > -1 and high < 1, "reproduces", side),
             (low > 1 or high < -1, "excluded", side),
-        ],
-        NO_BETTER: [
-            (high < 1, "reproduces", 1),
-            (low > 0, "opposite", 0),
-        ],
-    }
-    worse_or_better = [
-        (high < 0, "opposite", 0),
-        (low > 0 and high < effect / 2, "smaller than the paper's", nearest),
-        (low > 0, "reproduces", 0),
-        (high < enough, "excluded", enough),
-    ]
-    for holds, verdict, ruled_out in rules.get(expected, worse_or_better):
+        ]
+    elif expected == NO_BETTER:
+        rules = [(high < 1, "reproduces", 1), (low > 0, "opposite", 0)]
+    else:
+        rules = [
+            (high < 0, "opposite", 0),
+            (low > 0 and high < effect / 2, "smaller than the paper's", nearest),
+            (low > 0, "reproduces", 0),
+            (high < enough, "excluded", enough),
+        ]
+    for holds, verdict, ruled_out in rules:
         if holds:
             return verdict, ruled_out
     return "cannot tell", math.nan
@@ -518,14 +469,15 @@ def print_gains(curves):
     rows = []
     for name in ARMS:
         own = find(curves, name)
-        if own:
-            last = own[0][-1]
-            heldout = np.mean([curve[-1]["heldout"] for curve in own])
-            row = [name, str(len(own)), last["rate"], last["precision"], f"{heldout:.3f}"]
-            for outcome in OUTCOMES:
-                mean = np.mean([gain(curve, outcome) for curve in own])
-                row.append("not reached" if math.isnan(mean) else f"{mean:+.2f}")
-            rows.append(row)
+        if not own:
+            continue
+        ends = [curve[-1] for curve in own]
+        heldout = np.mean([end["heldout"] for end in ends])
+        row = [name, str(len(own)), ends[0]["rate"], ends[0]["precision"], f"{heldout:.3f}"]
+        for outcome in OUTCOMES:
+            mean = np.mean([gain(curve, outcome) for curve in own])
+            row.append("not reached" if math.isnan(mean) else f"{mean:+.2f}")
+        rows.append(row)
     columns = ["arm: its gain", "CLIPs", "rate", "precision", "held-out loss", *OUTCOMES]
     print_table(columns, rows)
 
@@ -538,20 +490,21 @@ def print_claims(curves):
         if not arm.paper or not found[AFTER]:
             continue
         deciding = arm.primary if found[arm.primary] else AFTER
-        row = [arm.name, f"{arm.paper}: {arm.expected or 'shown only'}"]
+        cells = {}
         for outcome, x in found.items():
             words = f"{x.mean:+.2f} ± {x.half:.2f}" if x else "not reached"
-            words = words.removesuffix(" ± nan")  # for want of CLIPs
-            row.append(f"**{words}**" if arm.expected and outcome == deciding else words)
+            cells[outcome] = words.removesuffix(" ± nan")  # for want of CLIPs
         x = found[deciding]
-        sign = -1 if arm.expected == WORSE else 1
-        low, high = sorted([sign * (x.mean - x.half), sign * (x.mean + x.half)])
-        verdict, ruled_out = judge(arm.expected, low, high, x.effect)
+        verdict = ""
         if arm.expected:
-            p[arm.name] = 1.0 if math.isnan(ruled_out) else x.p(sign * ruled_out)
+            cells[deciding] = f"**{cells[deciding]}**"
+            mean = -x.mean if arm.expected == WORSE else x.mean
+            verdict, bound = judge(arm.expected, mean - x.half, mean + x.half, x.effect)
+            p[arm.name] = p_value((mean - bound) / x.error, x.freedom, arm.looks)
+        claim = f"{arm.paper}: {arm.expected or 'shown only'}"
         effect = "" if math.isnan(x.effect) else f"{x.effect:.2f}"
         clips = f"{x.clips}{' †' * (arm.looks - 1)}"
-        rows[arm.name] = [*row, clips, effect, verdict if arm.expected else ""]
+        rows[arm.name] = [arm.name, claim, *cells.values(), clips, effect, verdict]
     for name in holm(p):
         rows[name][-1] += " *"
     columns = ["arm: difference from its reference", "the paper", *OUTCOMES]
@@ -665,14 +618,12 @@ def run(argv):
         plan = plan | {"arms": tuple(dict.fromkeys(references + args.arms))}
     out = os.path.abspath(os.path.join(args.out, "quick" if args.quick else "full"))
     os.makedirs(out, exist_ok=True)
-    lock = open(f"{out}/.lock", "w")  # noqa: SIM115 (held while this process or its runs live)
-    os.set_inheritable(lock.fileno(), True)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{out} is in use by another grid, or by the last runs of a killed one: "
-                        "wait for them, or choose another --out") from None
-    run_grid(out, plan, args.jobs)
+    with open(f"{out}/.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out} is in use by another grid: choose another --out") from None
+        run_grid(out, plan, args.jobs)
     report(f"{out}/ablation.csv")
 
 

@@ -53,7 +53,12 @@ COLOURS = {
     "blue": (40, 85, 215),
     "purple": (145, 50, 175),
 }
-SIDES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SIDES = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
 PLACES = {
     "upper left": (-1, -1),
     "upper right": (1, -1),
@@ -112,8 +117,7 @@ def regular(corners):
 
 
 def star():
-    radii = (1.08, 0.45) * 5
-    return [(x * radius, y * radius) for (x, y), radius in zip(regular(10), radii, strict=True)]
+    return regular(10) * np.array([[1.08], [0.45]] * 5)
 
 
 def heart():
@@ -127,9 +131,12 @@ def heart():
 
 def moon():
     """An arc of the unit circle, and back along a flatter one."""
-    far = [(-math.cos(a), math.sin(a)) for a in np.linspace(-2.2, 2.2, 20)]
-    near = [(0.75 - 1.05 * math.cos(a), 0.9 * math.sin(a)) for a in np.linspace(1.1, -1.1, 14)]
-    return [(x + 0.15, y) for x, y in far + near]
+    points = []
+    for a in np.linspace(-2.2, 2.2, 20):
+        points.append((0.15 - math.cos(a), math.sin(a)))
+    for a in np.linspace(1.1, -1.1, 14):
+        points.append((0.75 - 1.05 * math.cos(a) + 0.15, 0.9 * math.sin(a)))
+    return points
 
 
 # fmt: off
@@ -209,9 +216,8 @@ def jitter(x, y, rng):
 
 
 def shade(colour, rng):
-    """A colour near `colour`."""
-    shifts = rng.integers(-12, 13, 3).tolist()
-    return tuple(min(max(c + shift, 0), 255) for c, shift in zip(colour, shifts, strict=True))
+    shifted = colour + rng.integers(-12, 13, 3)
+    return tuple(shifted.clip(0, 255).tolist())
 
 
 def draw_sun(pen, rng):
