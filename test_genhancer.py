@@ -24,7 +24,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -36,7 +35,6 @@ from collections import OrderedDict
 from contextlib import ExitStack, nullcontext
 from fractions import Fraction
 from functools import lru_cache
-from xml.etree import ElementTree
 
 import numpy as np
 import open_clip
