@@ -131,7 +131,7 @@ def convert(source, target):
     tensors = {name: state[name] for name in state if not name.startswith("loss.")}
     build_vqgan(tensors, source, what, "give last.ckpt of taming's vqgan_imagenet_f16")
     # safetensors takes no views: each tensor gets memory of its own.
-    tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    tensors = {name: value.clone() for name, value in tensors.items()}
     write_weights(target, tensors)
     parameters = sum(value.numel() for value in tensors.values())
     print(f"{os.fspath(target)!r}: {len(tensors)} tensors, {parameters:,} parameters")
