@@ -2553,10 +2553,14 @@ def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
     s, model = built(world, tmp_path, "--stage", "e2e", "--no-lora")
     assert all(p.requires_grad for p in model.visual.parameters())
     perturb(model.visual)
-    clip = train.trained_clip(s, model.state_dict())
+    weights = model.state_dict()
+    clip = train.trained_clip(s, weights)
     assert_same_weights(clip.visual, model.visual)
     original = load_file(world / "tiny-clip.safetensors")
     assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
+    del weights["visual.proj"]
+    with pytest.raises(ValueError, match="other weights than expected: {'proj'}"):
+        train.trained_clip(s, weights)
 
 
 def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
