@@ -19,6 +19,7 @@ learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage i
 are the optimizer and its settings (App. B).
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -962,8 +964,6 @@ def load_clip(name, weights=None, random=False):
     from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
     """
     backbone = find_backbone(name, weights, random)
-    if name == "toy" and weights is None:
-        weights = backbone.pretrained
     if random or weights is None:
         clip = create_clip(backbone, download=not random)
     else:
@@ -1001,12 +1001,11 @@ def find_backbone(name, weights=None, random=False):
 def create_clip(backbone, download=False):
     """An open_clip model that computes what its tag says: random, or with weights from the hub."""
     published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
-    tag = backbone.pretrained if download else None
     try:
         logging.disable()  # open_clip logs what is raised here, and warns of random weights
         return open_clip.create_model(
             backbone.model,
-            pretrained=tag,
+            pretrained=backbone.pretrained if download else None,
             load_weights=download,
             pretrained_hf=False,
             force_quick_gelu=bool(published.get("quick_gelu")),  # plain ViT-L-14 does not say it
@@ -1097,8 +1096,7 @@ def find_files(path):
             return [file]
         if os.path.isfile(f"{file}.index.json"):
             shards = read_json(f"{file}.index.json", "weight_map").values()
-            names = sorted({os.path.basename(str(shard)) for shard in shards})
-            return [os.path.join(path, name) for name in names]
+            return sorted({os.path.join(path, str(shard)) for shard in shards})
     raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
                     "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
 
@@ -1106,8 +1104,7 @@ def find_files(path):
 def read_json(path, *keys):
     """The object in a JSON file, or in it the first object under one of `keys`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(content, dict):
             content = next((content[key] for key in keys if content.get(key)), content)
         if not isinstance(content, dict):
@@ -1246,29 +1243,27 @@ def is_siglip(clip):
 def load_hf(name, backbone, tensors, path, what):
     """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
     alone = not any(key.startswith("text_model.") for key in tensors)
-    clip = create_clip(backbone)
-    if alone:
-        try:
-            clip = load_clip(name)[0]
-        except UserError as error:
-            raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
-                            f"{name}'s, is not at hand: {error}") from None
+    try:
+        clip = create_clip(backbone, download=alone)
+    except UserError as error:
+        if not alone:
+            raise
+        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
+                        f"{name}'s, is not at hand: {error}") from None
     check_export(name, clip)  # what transformers cannot hold is not in its files
     weights = hf_weights(clip)
-    if alone:
-        weights = {key: target for key, target in weights.items()
-                   if key in tensors or key.startswith("vision_model.")}
-    load_strictly(weights, tensors, path, what)
+    own = {key: weights[key] for key in weights if not key.startswith("vision_model.")}
+    load_strictly(weights, own | tensors if alone else tensors, path, what)
     if is_siglip(clip):
         pool = clip.visual.trunk.attn_pool.state_dict()
         for kind in ("weight", "bias"):
-            q, kv = pool[f"q.{kind}"], pool[f"kv.{kind}"]
             packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
-            q.copy_(packed[:len(q)])
-            kv.copy_(packed[len(q):])
+            rows = len(packed) // 3
+            pool[f"q.{kind}"].copy_(packed[:rows])
+            pool[f"kv.{kind}"].copy_(packed[rows:])
     check_config(name, clip, path, what, alone)
     if alone:
-        more = "" if PROJECTIONS[0] in weights else " and visual projection"
+        more = " and visual projection" if PROJECTIONS[0] in own.keys() - tensors.keys() else ""
         print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
               file=sys.stderr)
     return clip
@@ -1312,28 +1307,24 @@ def check_config(name, clip, path, what, alone):
 
 
 # What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
-# open_clip's default, which is OpenAI's CLIP, or what makes a SigLIP.
+# as in the first CLIP, or the first SigLIP.
 HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
              "context_length", "norm_kwargs", "act_kwargs"}
 SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
-SIGLIP = {
-    "vision_cfg": {"timm_pool": "map", "timm_proj": "none"},
-    "text_cfg": {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
-}
 
 
 def check_export(name, clip):
     """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
     config = open_clip.get_model_config(find_backbone(name, random=True).model)
     siglip = is_siglip(clip)
+    first = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
     varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        needed = SIGLIP[part] if siglip else {}
+        held = vars(kind(**first[part]))
         for key, value in vars(kind(**config[part])).items():
-            held = needed.get(key, getattr(kind, key))
-            if value != held and (key not in varies or isinstance(value, list)):
+            if value != held[key] and (key not in varies or isinstance(value, list)):
                 raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
-                                f"{value!r}, not {held!r}): choose another backbone")
+                                f"{value!r}, not {held[key]!r}): choose another backbone")
 
 
 def export_hf(clip, folder):
@@ -1431,13 +1422,12 @@ class UserError(Exception):
 SEAL = "genhancer"  # the entry of a file's metadata with its checksum and what is said about it
 
 
-def read_weights(path, what, hint="", without=()):
+def read_weights(path, what, hint=""):
     """The tensors of a safetensors file by name, and what is said about them: two dictionaries.
 
-    Names that start with `without` (a string, or a tuple of strings) are left out. The tensors are
-    views of the file: they take no memory that the system could not take back. Raises UserError
-    with `what`, the path and the `hint` if there is no such file, a part of it, or if write_weights
-    wrote it and it is damaged.
+    The tensors are views of the file: they take no memory that the system could not take back.
+    Raises UserError with `what`, the path and the `hint` if there is no such file, a part of it, or
+    if write_weights wrote it and it is damaged.
     """
     advice = f": {hint}" if hint else ""
     if not os.path.isfile(path):
@@ -1450,12 +1440,13 @@ def read_weights(path, what, hint="", without=()):
     except (SafetensorError, OSError) as error:
         message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
         raise UserError(message) from None
-    if SEAL in about:
-        about = open_seal(about[SEAL], tensors)
-        if about is None:
-            raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
-    kept = {name: tensors[name] for name in tensors if not name.startswith(without)}
-    return kept, about
+    if SEAL not in about:
+        return tensors, about
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # the seal may be what is damaged
+        seal = json.loads(about[SEAL])
+        if seal["crc32"] == checksum(tensors, seal["about"]):
+            return tensors, seal["about"]
+    raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
 
 
 def write_weights(path, tensors, about=None):
@@ -1466,16 +1457,6 @@ def write_weights(path, tensors, about=None):
     about = about or {}
     seal = {"about": about, "crc32": checksum(tensors, about)}
     write_tensors(path, tensors, {SEAL: json.dumps(seal, sort_keys=True)})
-
-
-def open_seal(seal, tensors):
-    """What write_weights' seal says about these tensors, or None if it is not theirs."""
-    try:
-        content = json.loads(seal)
-        about = content["about"]
-        return about if content["crc32"] == checksum(tensors, about) else None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def checksum(tensors, about=None):
@@ -1573,11 +1554,7 @@ def write_file(path, write):
 
 
 def write_text(path, text):
-    def write(part):
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    write_file(path, write)
+    write_file(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def write_json(path, content):
@@ -1598,12 +1575,11 @@ def write_tensors(path, tensors, metadata):
     write_file(path, write)
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] if `above`."""
+def number(kind, low, high=sys.float_info.max):
+    """An argparse type: a finite number of `kind` in [low, high]."""
     def parse(text):
         value = kind(text)
-        too_low = value <= low if above else value < low
-        if too_low or value > high or not math.isfinite(value):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return value
 

@@ -108,7 +108,7 @@ LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
 SIZE = number(int, 1, 2**14)
-RATE = number(float, 0, above=True)
+RATE = number(float, 1e-30)
 
 
 def make_parser():
@@ -193,7 +193,7 @@ def add_method(add):
     add("timesteps", "logit-normal", "rf: of t (Table 4)", choices=["logit-normal", "uniform"])
     add("scale", 1.0, "rf: s of the scaled logit-normal (Eq. 6, Table 4)", type=RATE)
     add("mask-ratio", [0.5, 0.9], "perceiver: share of masked tokens (Table 8)",
-        type=number(float, 0, 1, above=True), nargs=2, metavar=("LOW", "HIGH"))
+        type=number(float, 1e-30, 1), nargs=2, metavar=("LOW", "HIGH"))
     add("local-ratio", 0.0, "share of local tokens in the condition (Fig. 5)",
         type=number(float, 0, 1))
     add("no-lora", help="train the whole visual tower (Fig. 8)", **SWITCH)

@@ -97,7 +97,8 @@ def load_vqgan(path):
     """
     convert = "convert it with `python vqgan.py last.ckpt vqgan.safetensors`"
     hint = f"download taming's vqgan_imagenet_f16, {convert}, and name it with --vqgan"
-    tensors, _ = read_weights(path, "VQ-GAN weights", hint, without="loss.")
+    tensors, _ = read_weights(path, "VQ-GAN weights", hint)
+    tensors = {name: tensors[name] for name in tensors if not name.startswith("loss.")}
     return build_vqgan(tensors, path, "VQ-GAN weights", hint)
 
 
