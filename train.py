@@ -108,7 +108,7 @@ LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
 SIZE = number(int, 1, 2**14)
-RATE = number(float, 1e-30)
+RATE = number(float, 1e-30)  # above 0
 
 
 def make_parser():
