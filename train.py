@@ -17,15 +17,13 @@ import gc
 import glob
 import io
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import tarfile
 import time
 import warnings
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -250,9 +248,15 @@ def settings_of(stage, typed, argv):
     if typed.epochs:
         s.steps = typed.steps
     s.out = s.out or f"runs/{s.preset}-{s.denoiser}"
+    s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
+    s.result = os.path.join(s.out, "clip.safetensors")
+    if stage == 1:
+        s.result = os.path.join(s.folder, "last.safetensors")
     s.lr_clip = s.lr_clip or s.lr
     s.precision = s.precision or ("bf16" if is_bf16_fast() else "fp32")
     check_values(s)
+    if stage == 2 and s.preset != "bench":
+        s.init = s.init or os.path.join(s.out, "stage1", "last.safetensors")
     return s
 
 
@@ -283,18 +287,6 @@ def check_values(s):
     if s.preset == "bench" and (s.save_every or s.sample_every or s.export_every or s.init):
         raise UserError("--preset bench saves nothing: leave --init, --save-every, --sample-every "
                         "and --export-every out")
-
-
-def folder_of(s):
-    """Where a stage's checkpoints, log and pictures lie."""
-    return os.path.join(s.out, "e2e" if s.stage == "e2e" else f"stage{s.stage}")
-
-
-def result_of(s):
-    """What a stage makes: projectors and denoiser, or the enhanced CLIP."""
-    if s.stage == 1:
-        return os.path.join(folder_of(s), "last.safetensors")
-    return os.path.join(s.out, "clip.safetensors")
 
 
 # ------------------------------------------------------------------------------------ a run
@@ -365,12 +357,12 @@ def train_stage(s, device):
     images_per_step = s.batch_size * s.accum * WORLD
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
     check_same_run(s, data, pretrained)
-    if agree(RANK == 0 and is_whole(result_of(s))):
-        say(f"stage {s.stage} is finished: {result_of(s)}")
+    if agree(RANK == 0 and is_whole(s.result)):
+        say(f"stage {s.stage} is finished: {s.result}")
         return
-    heldout = load_heldout(s, data)
+    heldout = load_heldout(s, data, device)
     core = build_model(s, pretrained, device)  # the GenHancer; CLIP is frozen, or gets LoRA
-    model = distribute(s, core, device)        # the same model, wrapped for several processes
+    model = distribute(s, core)                # the same model, wrapped for several processes
     optimizer = make_optimizer(s, core)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoints = Checkpoints(s, core, model, optimizer)
@@ -411,8 +403,8 @@ def train_stage(s, device):
     if s.preset == "bench":
         print_bench(s, core, log, device)
         return
-    write_result(s, model, result_of(s), pretrained.checksums)
-    say(f"stage {s.stage} is done: {result_of(s)}; {log.undecodable} images could not be decoded")
+    write_result(s, model, s.result, pretrained.checksums)
+    say(f"stage {s.stage} is done: {s.result}; {log.undecodable} images could not be decoded")
 
 
 def find_due(s, step, total):
@@ -433,39 +425,33 @@ def look(s, step, core, model, heldout):
     if s.val:
         losses = [heldout_loss(s, model, heldout, roll) for roll in (0, 1)]
     seed_draws("samples", s.seed, step)
-    device = next(core.parameters()).device
-    batch = heldout[:8].to(device).float() / 255
-    with autocast(s, device):
+    batch = heldout[:8].float() / 255
+    with autocast(s, heldout.device):
         columns = [batch, core.reconstruct(batch)]
         if s.denoiser == "perceiver":
             columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
     core.train()
     if RANK == 0:
-        draw_columns(columns, os.path.join(folder_of(s), "samples", f"{step:06}.png"))
+        sheet = torch.stack(columns, 1).flatten(0, 1).float().cpu()  # two images to a row
+        sheet = torch.nn.functional.interpolate(sheet, scale_factor=max(1, 128 // sheet.shape[-1]))
+        path = os.path.join(s.folder, "samples", f"{step:06}.png")
+        write_file(path, lambda part: save_image(sheet, part, nrow=2 * len(columns)))
     return losses
 
 
 def heldout_loss(s, model, heldout, roll):
     """The mean loss of held-out images, each with the [CLS] of the image `roll` before it."""
-    device = next(model.parameters()).device
     total = 0.0
     others = heldout.roll(roll, 0).split(s.batch_size)
     batches = zip(heldout.split(s.batch_size), others, strict=True)
     for i, (images, condition_images) in enumerate(batches):
-        images = images.to(device).float() / 255
-        condition_images = condition_images.to(device).float() / 255
+        images = images.float() / 255
+        condition_images = condition_images.float() / 255
         seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
-        with autocast(s, device):
+        with autocast(s, heldout.device):
             losses, _ = model(images, condition_images)
         total += losses.sum().item()
     return total / len(heldout)
-
-
-def draw_columns(columns, path):
-    """A grid: for each image its entry from every batch in `columns`, two images to a row."""
-    sheet = torch.stack(columns, 1).flatten(0, 1).float().cpu()
-    sheet = torch.nn.functional.interpolate(sheet, scale_factor=max(1, 128 // sheet.shape[-1]))
-    write_file(path, lambda part: save_image(sheet, part, nrow=2 * len(columns)))
 
 
 def introduce(s, core, data, images_per_step, total):
@@ -499,8 +485,6 @@ def load_pretrained(s):
     if side % token:
         raise UserError(f"{s.backbone} sees {side} pixels, and the denoiser's tokens are {token} "
                         "pixels wide: choose another backbone or autoencoder")
-    if s.preset == "bench":
-        return Pretrained(clip.visual, autoencoder, {}, {})
     check_export(s.backbone, clip)  # the result must fit into HuggingFace's format
     checksums = {"CLIP": checksum(clip.visual.state_dict()),
                  "autoencoder": checksum(autoencoder.state_dict())}
@@ -519,24 +503,18 @@ def load_autoencoder(s):
 
 
 def load_initial(s, checksums):
-    """Stage 2's start, which is stage 1's result; FLUX's weights with --init; or nothing."""
-    if s.stage != 2 and not s.init:
+    """Stage 1's result for stage 2; FLUX's weights with --init; or nothing."""
+    if not s.init:
         return {}
     if s.stage != 2:
         return read_weights(s.init, "FLUX's weights", "name a file with --init")[0]
-    path = initial_path(s)
     hint = "run --stage 1 first, or again, or name another run's stage1/last.safetensors by --init"
-    tensors, about = read_weights(path, "stage 1's weights", hint)
+    tensors, about = read_weights(s.init, "stage 1's weights", hint)
     for name, value in checksums.items():
         if about.get(name, value) != value:
-            raise UserError(f"stage 2 has another {name} than the stage 1 that made {path}: give "
-                            "it the same")
+            raise UserError(f"stage 2 has another {name} than the stage 1 that made {s.init}: "
+                            "give it the same")
     return tensors
-
-
-def initial_path(s):
-    """The file that stage 2 starts from."""
-    return s.init or os.path.join(s.out, "stage1", "last.safetensors")
 
 
 def build_model(s, pretrained, device):
@@ -554,10 +532,10 @@ def build_model(s, pretrained, device):
             codebook = autoencoder.quantize.embedding.weight
             denoiser = Perceiver(perceiver_config(s, codebook), codebook)
             core = Discrete(visual, autoencoder, denoiser, s.mask_ratio, s.local_ratio)
-    if s.stage == 2 and s.preset != "bench":
+    if s.init and s.stage == 2:
         trained = torch.nn.ModuleDict({"denoiser": denoiser, "projectors": core.projectors})
         what = "stage 1's weights for these settings"
-        load_strictly(trained, pretrained.initial, initial_path(s), what)
+        load_strictly(trained, pretrained.initial, s.init, what)
     elif s.init:
         what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
         load_strictly(denoiser, pretrained.initial, s.init, what)
@@ -641,15 +619,14 @@ def start_processes():
     return device
 
 
-def distribute(s, core, device):
+def distribute(s, core):
     """Wrap the model for several processes: DDP, or with --shard FSDP2."""
     if s.shard:
         return shard(s, core)
     if WORLD > 1:
-        devices = [device] if device.type == "cuda" else None
         # What replaces broadcast_buffers is not in torch 2.11.
         warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-        return DistributedDataParallel(core, devices, broadcast_buffers=False,
+        return DistributedDataParallel(core, broadcast_buffers=False,
                                        gradient_as_bucket_view=True)
     return core
 
@@ -682,12 +659,11 @@ def clear_gradients(model, optimizer):
 
 
 def agree(value):
-    """Rank 0's integer, on every rank."""
-    if WORLD == 1:
-        return value
-    box = torch.tensor(int(value), device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.broadcast(box, 0)
-    return int(box)
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def barrier():
@@ -735,7 +711,7 @@ def open_images(paths, side, index_path):
     return Images(index_path, side)
 
 
-def load_heldout(s, data):
+def load_heldout(s, data, device):
     """512 images of --val, or for the pictures alone 8 of --data: uint8 (n, 3, H, W)."""
     if s.preset == "bench":
         return None
@@ -747,7 +723,7 @@ def load_heldout(s, data):
     images = [image for image in images if image is not None]
     if not images:
         raise UserError(f"none of the first images of {', '.join(s.val or s.data)} can be decoded")
-    return torch.stack(images)
+    return torch.stack(images).to(device)
 
 
 def load_batches(s, data, start, total, device):
@@ -884,7 +860,7 @@ class RandomImages(Dataset):
 def make_index(paths, index_path):
     """Index the images under `paths`, unless index_path holds the index of these very files.
 
-    files: uint8 (F, longest), the paths of all shards and images, sorted, with zeros behind them.
+    files: uint8 (F, longest), the paths of all shards and then all images, with zeros behind them.
     stamps: (F, 2), size and time of each shard, zeros for images. entries: (N, 3), for each image
     the number of its file, its offset and its size in bytes.
     """
@@ -956,20 +932,18 @@ def list_files(folder, seen):
     that were read, each by its device and inode.
     """
     status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
         return []
-    seen.add((status.st_dev, status.st_ino))
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif entry.is_file():
-                files.append(entry.path)
-    for path in sorted(folders):
-        files += list_files(path, seen)
+    seen.add(identity)
+    files = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == ".":
+            continue
+        if entry.is_dir():
+            files += list_files(entry.path, seen)
+        elif entry.is_file():
+            files.append(entry.path)
     return sorted(files)
 
 
@@ -981,13 +955,11 @@ def stamp_of(file):
 
 def index_shards(shards):
     """index_shard of each, in their order; many of them side by side."""
-    if len(shards) < 8:
-        return [index_shard(path) for path in shards]
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
-    context = multiprocessing.get_context(start_method())
-    with ProcessPoolExecutor(None, context, signal.signal, ignore_interrupt) as pool:
-        tables = pool.map(index_shard, shards)
-        return list(tqdm(tables, "indexing shards", total=len(shards), leave=False))
+    workers = min(32, os.cpu_count()) if len(shards) >= 8 else 0
+    context = start_method() if workers else None
+    tables = DataLoader(shards, batch_size=None, collate_fn=index_shard, num_workers=workers,
+                        multiprocessing_context=context)
+    return tqdm(tables, "indexing shards", leave=False)
 
 
 def index_shard(path):
@@ -1028,7 +1000,7 @@ class Checkpoints:
     """
 
     def __init__(self, s, core, model, optimizer):
-        self.folder = folder_of(s)
+        self.folder = s.folder
         self.trained = [name for name, p in core.named_parameters() if p.requires_grad]
         self.model = model
         self.optimizer = optimizer
@@ -1055,8 +1027,7 @@ class Checkpoints:
         write_weights(path, tensors, about)
         older = [other for other in self.list() if other < path]
         for old in older[:-1]:
-            with contextlib.suppress(FileNotFoundError):  # somebody made room
-                os.remove(old)
+            os.remove(old)
 
     def finish(self):
         """Wait until the last checkpoint is written; UserError if it could not be."""
@@ -1123,7 +1094,7 @@ class Log:
 
     def __init__(self, s, start, total, data_size, device):
         self.s = s
-        self.start = self.since = start
+        self.start = start
         self.total = total
         self.data_size = data_size
         self.images_per_step = s.batch_size * s.accum * WORLD
@@ -1131,11 +1102,7 @@ class Log:
         self.images = torch.zeros(self.BINS, device=device)
         self.undecodable = 0   # images since the start or restart, over all ranks at the last row
         self.undecodable_here = 0
-        self.path = os.path.join(folder_of(s), "log.csv")
-        level = "t" if s.denoiser == "rf" else "mask"
-        bins = [f"loss_{level}_{i / self.BINS}" for i in range(self.BINS)]
-        self.columns = ["step", "epoch", "loss", *bins, "grad_norm", "lr", "images_per_s",
-                        "peak_memory_gb", "undecodable", "heldout", "heldout_shuffled"]
+        self.path = os.path.join(s.folder, "log.csv")
         self.rows = self.read_rows() if start else []
         self.clock = time.perf_counter()
         if torch.cuda.is_available():
@@ -1153,7 +1120,7 @@ class Log:
             rows = [row for row in rows if int(row["step"]) <= self.start]
             if not rows or int(rows[-1]["step"]) != self.start:
                 raise ValueError("its end is missing")
-            return [[row[name] for name in self.columns] for row in rows]
+            return rows
         except (OSError, ValueError, KeyError, TypeError, csv.Error):
             raise UserError(f"{self.path} cannot be read as this run's log: mend it, or move it "
                             "away") from None
@@ -1184,21 +1151,27 @@ class Log:
         self.check_undecodable(step)
         loss = (self.losses.sum() / self.images.sum()).item()
         speed = self.images.sum().item() / (time.perf_counter() - self.clock)
-        bins = (self.losses / self.images).tolist()
-        bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: no image in it
         epoch = step * self.images_per_step / self.data_size
-        heldout = [f"{mean:.6g}" for mean in heldout_losses] if heldout_losses else ["", ""]
-        self.rows.append([
-            step, f"{epoch:.4f}", f"{loss:.6g}", *bins, f"{grad_norm:.4g}", f"{lr:.3g}",
-            f"{speed:.4g}", f"{peak_memory():.2f}", self.undecodable, *heldout])
+        row = {"step": step, "epoch": f"{epoch:.4f}", "loss": f"{loss:.6g}"}
+        level = "t" if self.s.denoiser == "rf" else "mask"
+        for i, mean in enumerate((self.losses / self.images).tolist()):
+            is_empty = math.isnan(mean)
+            row[f"loss_{level}_{i / self.BINS}"] = "" if is_empty else f"{mean:.6g}"
+        row["grad_norm"] = f"{grad_norm:.4g}"
+        row["lr"] = f"{lr:.3g}"
+        row["images_per_s"] = f"{speed:.4g}"
+        row["peak_memory_gb"] = f"{peak_memory():.2f}"
+        row["undecodable"] = self.undecodable
+        heldout = [f"{mean:.6g}" for mean in heldout_losses or ()]
+        row["heldout"], row["heldout_shuffled"] = heldout or ("", "")
+        self.rows.append(row)
         if RANK == 0:
             write_file(self.path, self.write)
         progress = f"loss {loss:.4f}, {speed:.0f} images/s"
         if self.bar.disable:  # where no terminal shows it
             say(f"step {step} of {self.total}: {progress}")
         self.bar.set_postfix_str(progress, refresh=False)
-        self.bar.update(step - self.since)
-        self.since = step
+        self.bar.update(step - self.bar.n)
         self.losses.zero_()
         self.images.zero_()
         self.clock = time.perf_counter()
@@ -1213,7 +1186,9 @@ class Log:
 
     def write(self, part):
         with open(part, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([self.columns, *self.rows])
+            writer = csv.DictWriter(file, self.rows[-1].keys())
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def peak_memory():
@@ -1234,7 +1209,7 @@ def write_result(s, model, path, checksums=None):
         write_weights(path, weights, checksums)
     elif RANK == 0:
         clip = trained_clip(s, weights)
-        if path == result_of(s):
+        if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
         write_weights(path, clip.state_dict())
     barrier()
@@ -1247,13 +1222,9 @@ def trained_clip(s, weights):
         clip.visual.requires_grad_(True)
     else:
         inject_lora(clip.visual)
-    prefix = "visual."
-    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
-           if name.startswith(prefix)}
-    expected = {name for name, p in clip.visual.named_parameters() if p.requires_grad}
-    if own.keys() != expected:
-        raise ValueError(f"other weights than expected: {own.keys() ^ expected}")
-    clip.visual.load_state_dict(own, strict=False)  # the frozen is not among them
+    tower = {name: p.detach() for name, p in clip.named_parameters() if p.requires_grad}
+    trained = {name: weights[name] for name in weights if name.startswith("visual.")}
+    load_strictly(tower, trained, s.folder, "the trained visual tower")
     merge_lora(clip.visual)
     return clip
 
@@ -1262,7 +1233,7 @@ def compare(s, device):
     """The benchmark and the retention tasks, before and after: screen and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
     results = []
-    for weights in (s.clip_weights, result_of(s)):
+    for weights in (s.clip_weights, s.result):
         clip, preprocess, tokenizer = load_clip(s.backbone, weights)
         results.append(evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks))
     before, after = results
@@ -1278,8 +1249,7 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, 
 @torch.compiler.set_stance("force_eager")  # compiled blocks hide their work from the counter
 def print_bench(s, core, log, device):
     """Speed, memory and MFU, from the rows of the log but the first."""
-    column = log.columns.index("images_per_s")
-    speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
+    speed = float(np.median([float(row["images_per_s"]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
     memory = peak_memory()  # of the training, before its work is counted
@@ -1303,7 +1273,8 @@ def print_bench(s, core, log, device):
 
 # What may change when a run goes on; data and weights are known by their content.
 MOVABLE = {
-    "stage", "out", "data", "val", "benchmark", "zeroshot", "clip_weights", "vae", "vqgan", "init",
+    "stage", "out", "folder", "result", "data", "val", "benchmark", "zeroshot",
+    "clip_weights", "vae", "vqgan", "init",
     "workers", "save_every", "sample_every", "log_every", "export_every",
     "accum", "compile", "shard", "grad_checkpoint",
 }
@@ -1319,7 +1290,7 @@ def check_same_run(s, data, pretrained):
     settings["data"] = data.fingerprint()
     for name, value in pretrained.checksums.items():
         settings[f"checksum of the {name}"] = value
-    path = os.path.join(folder_of(s), "settings.json")
+    path = os.path.join(s.folder, "settings.json")
     if not os.path.exists(path):
         write_json(path, settings)
         return
@@ -1328,7 +1299,7 @@ def check_same_run(s, data, pretrained):
     changed = [f"{name} was {before.get(name)}, is {settings.get(name)}"
                for name in names if before.get(name) != settings.get(name)]
     if changed:
-        raise UserError(f"{folder_of(s)} holds a run with other settings ({'; '.join(changed)}): "
+        raise UserError(f"{s.folder} holds a run with other settings ({'; '.join(changed)}): "
                         "give it the same again, or choose another --out")
 
 
