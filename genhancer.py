@@ -964,6 +964,8 @@ def load_clip(name, weights=None, random=False):
     from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
     """
     backbone = find_backbone(name, weights, random)
+    if name == "toy" and weights is None:
+        weights = backbone.pretrained
     if random or weights is None:
         clip = create_clip(backbone, download=not random)
     else:
@@ -1252,8 +1254,11 @@ def load_hf(name, backbone, tensors, path, what):
                         f"{name}'s, is not at hand: {error}") from None
     check_export(name, clip)  # what transformers cannot hold is not in its files
     weights = hf_weights(clip)
-    own = {key: weights[key] for key in weights if not key.startswith("vision_model.")}
-    load_strictly(weights, own | tensors if alone else tensors, path, what)
+    rest = {}
+    if alone:
+        rest = {key: own for key, own in weights.items()
+                if key not in tensors and not key.startswith("vision_model.")}
+    load_strictly(weights, tensors | rest, path, what)
     if is_siglip(clip):
         pool = clip.visual.trunk.attn_pool.state_dict()
         for kind in ("weight", "bias"):
@@ -1263,7 +1268,7 @@ def load_hf(name, backbone, tensors, path, what):
             pool[f"kv.{kind}"].copy_(packed[rows:])
     check_config(name, clip, path, what, alone)
     if alone:
-        more = " and visual projection" if PROJECTIONS[0] in own.keys() - tensors.keys() else ""
+        more = " and visual projection" if PROJECTIONS[0] in rest else ""
         print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
               file=sys.stderr)
     return clip
@@ -1540,7 +1545,10 @@ def write_file(path, write):
     part = os.path.join(folder, f".part-{name}")
     try:
         os.makedirs(folder, exist_ok=True)
+        open(part, "wb").close()
+        permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
         write(part)
+        os.chmod(part, permissions)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1565,14 +1573,7 @@ def write_tensors(path, tensors, metadata):
     """Write tensors as safetensors, for other programs; with one entry of metadata at most, since
     several come in any order."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def write(part):
-        open(part, "wb").close()
-        permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
-        save_file(tensors, part, metadata)
-        os.chmod(part, permissions)
-
-    write_file(path, write)
+    write_file(path, lambda part: save_file(tensors, part, metadata))
 
 
 def number(kind, low, high=sys.float_info.max):
