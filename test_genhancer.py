@@ -2680,7 +2680,7 @@ def test_a_heldout_loss_is_the_mean_over_all_heldout_images(tmp_path):
     heldout = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
     s = settings("--batch-size", 2, "--precision", "fp32", "--val", "it", "--out", tmp_path)
     model = Differs()
-    losses = train.look(s, 1, model, model, heldout)
+    losses = train.look(s, 1, model, heldout)
     assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
     assert model.training
 

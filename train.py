@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import errno
 import gc
 import glob
 import io
@@ -391,7 +390,7 @@ def train_stage(s, device):
         done = step + 1
         due = find_due(s, done, total)
         if due:
-            heldout_losses = look(s, done, core, model, heldout) if "sample" in due else None
+            heldout_losses = look(s, done, core, heldout) if "sample" in due else None
             log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], heldout_losses)
         if "export" in due:
             write_result(s, model, os.path.join(s.out, f"clip-{done:06}.safetensors"))
@@ -417,13 +416,13 @@ def find_due(s, step, total):
 
 @torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
-def look(s, step, core, model, heldout):
+def look(s, step, core, heldout):
     """Draw samples/STEP.png; return the held-out losses with the right and with shuffled
     [CLS], or None without held-out images."""
     core.eval()
     losses = None
     if s.val:
-        losses = [heldout_loss(s, model, heldout, roll) for roll in (0, 1)]
+        losses = [heldout_loss(s, core, heldout, roll) for roll in (0, 1)]
     seed_draws("samples", s.seed, step)
     batch = heldout[:8].float() / 255
     with autocast(s, heldout.device):
@@ -439,7 +438,7 @@ def look(s, step, core, model, heldout):
     return losses
 
 
-def heldout_loss(s, model, heldout, roll):
+def heldout_loss(s, core, heldout, roll):
     """The mean loss of held-out images, each with the [CLS] of the image `roll` before it."""
     total = 0.0
     others = heldout.roll(roll, 0).split(s.batch_size)
@@ -449,7 +448,7 @@ def heldout_loss(s, model, heldout, roll):
         condition_images = condition_images.float() / 255
         seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
         with autocast(s, heldout.device):
-            losses, _ = model(images, condition_images)
+            losses, _ = core(images, condition_images)
         total += losses.sum().item()
     return total / len(heldout)
 
@@ -898,7 +897,7 @@ def find_images(paths):
     for path in paths:
         if os.path.isdir(path):
             try:
-                found = list_files(path, set())
+                found = sorted(list_files(path, set()))
             except OSError as error:
                 raise UserError(f"data: a folder cannot be read: {error}") from None
         elif os.path.isfile(path):
@@ -926,7 +925,7 @@ def find_images(paths):
 
 
 def list_files(folder, seen):
-    """The regular files under a folder, sorted: a FIFO among them would block its reader.
+    """The regular files under a folder: a FIFO among them would block its reader.
 
     Hidden files and folders are left out. Links to folders are followed; `seen` holds the folders
     that were read, each by its device and inode.
@@ -944,7 +943,7 @@ def list_files(folder, seen):
             files += list_files(entry.path, seen)
         elif entry.is_file():
             files.append(entry.path)
-    return sorted(files)
+    return files
 
 
 def stamp_of(file):
@@ -1103,6 +1102,10 @@ class Log:
         self.undecodable = 0   # images since the start or restart, over all ranks at the last row
         self.undecodable_here = 0
         self.path = os.path.join(s.folder, "log.csv")
+        level = "t" if s.denoiser == "rf" else "mask"
+        bins = [f"loss_{level}_{i / self.BINS}" for i in range(self.BINS)]
+        self.columns = ["step", "epoch", "loss", *bins, "grad_norm", "lr", "images_per_s",
+                        "peak_memory_gb", "undecodable", "heldout", "heldout_shuffled"]
         self.rows = self.read_rows() if start else []
         self.clock = time.perf_counter()
         if torch.cuda.is_available():
@@ -1120,7 +1123,7 @@ class Log:
             rows = [row for row in rows if int(row["step"]) <= self.start]
             if not rows or int(rows[-1]["step"]) != self.start:
                 raise ValueError("its end is missing")
-            return rows
+            return [[row[name] for name in self.columns] for row in rows]
         except (OSError, ValueError, KeyError, TypeError, csv.Error):
             raise UserError(f"{self.path} cannot be read as this run's log: mend it, or move it "
                             "away") from None
@@ -1151,20 +1154,13 @@ class Log:
         self.check_undecodable(step)
         loss = (self.losses.sum() / self.images.sum()).item()
         speed = self.images.sum().item() / (time.perf_counter() - self.clock)
+        bins = (self.losses / self.images).tolist()
+        bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: no image in it
         epoch = step * self.images_per_step / self.data_size
-        row = {"step": step, "epoch": f"{epoch:.4f}", "loss": f"{loss:.6g}"}
-        level = "t" if self.s.denoiser == "rf" else "mask"
-        for i, mean in enumerate((self.losses / self.images).tolist()):
-            is_empty = math.isnan(mean)
-            row[f"loss_{level}_{i / self.BINS}"] = "" if is_empty else f"{mean:.6g}"
-        row["grad_norm"] = f"{grad_norm:.4g}"
-        row["lr"] = f"{lr:.3g}"
-        row["images_per_s"] = f"{speed:.4g}"
-        row["peak_memory_gb"] = f"{peak_memory():.2f}"
-        row["undecodable"] = self.undecodable
-        heldout = [f"{mean:.6g}" for mean in heldout_losses or ()]
-        row["heldout"], row["heldout_shuffled"] = heldout or ("", "")
-        self.rows.append(row)
+        heldout = [f"{mean:.6g}" for mean in heldout_losses] if heldout_losses else ["", ""]
+        self.rows.append([
+            step, f"{epoch:.4f}", f"{loss:.6g}", *bins, f"{grad_norm:.4g}", f"{lr:.3g}",
+            f"{speed:.4g}", f"{peak_memory():.2f}", self.undecodable, *heldout])
         if RANK == 0:
             write_file(self.path, self.write)
         progress = f"loss {loss:.4f}, {speed:.0f} images/s"
@@ -1186,9 +1182,7 @@ class Log:
 
     def write(self, part):
         with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.rows[-1].keys())
-            writer.writeheader()
-            writer.writerows(self.rows)
+            csv.writer(file).writerows([self.columns, *self.rows])
 
 
 def peak_memory():
@@ -1249,7 +1243,8 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, 
 @torch.compiler.set_stance("force_eager")  # compiled blocks hide their work from the counter
 def print_bench(s, core, log, device):
     """Speed, memory and MFU, from the rows of the log but the first."""
-    speed = float(np.median([float(row["images_per_s"]) for row in log.rows[1:]]))
+    column = log.columns.index("images_per_s")
+    speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
     memory = peak_memory()  # of the training, before its work is counted
@@ -1318,10 +1313,10 @@ def lock_folder(s):
         raise UserError(message) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--out {s.out} is in use by another run: choose another; several "
+                        "processes of one run are started with torchrun") from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"--out {s.out} is in use by another run: choose another; several "
-                            "processes of one run are started with torchrun") from None
         say(f"--out {s.out} lies on a file system without locks ({error.strerror}): nothing keeps "
             "another run out of it")
     else:
