@@ -19,7 +19,6 @@ learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage i
 are the optimizer and its settings (App. B).
 """
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -207,7 +206,7 @@ class Continuous(GenHancer):
         condition_images: other images to take the condition from, as a control.
         """
         condition = self.condition(images if condition_images is None else condition_images)
-        latents = self.autoencoder.encode(2 * images - 1).float()         # (B, 16, H/8, W/8)
+        latents = self.autoencoder.encode(2 * images - 1)                 # (B, 16, H/8, W/8)
         t = sample_timesteps(len(images), self.scale, self.distribution, device=images.device)
         noise = torch.randn_like(latents)
         losses = rectified_flow_loss(self.denoiser, latents, t=t, noise=noise, **condition)  # Eq. 3
@@ -324,17 +323,16 @@ def to_unit_range(images):
 
 # ---------------------------------------------------------------------------------- the equations
 
-def sample_timesteps(n, scale=1.0, distribution="logit-normal", generator=None, device=None):
+def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
     """n timesteps in (0, 1), float32: scaled logit-normal (Eq. 6, 7) or "uniform" (Table 4).
 
-    A smaller scale gathers them around 0.5. `generator` makes the draws repeatable (tests).
-    ValueError for another distribution.
+    A smaller scale gathers them around 0.5. ValueError for another distribution.
     """
     if distribution == "logit-normal":
-        eps = torch.randn(n, generator=generator, device=device)
+        eps = torch.randn(n, device=device)
         t = torch.sigmoid(scale * eps)                            # Eq. 6, 7: t = sigmoid(s * eps)
     elif distribution == "uniform":
-        t = torch.rand(n, generator=generator, device=device)
+        t = torch.rand(n, device=device)
     else:
         raise ValueError(f"unknown distribution {distribution!r}: choose logit-normal or uniform")
     return t.clamp(1e-7, 1 - 1e-7)  # at s = 10, float32 rounds 5 % of draws to 1
@@ -353,16 +351,16 @@ def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=N
     return error.flatten(1).mean(1)
 
 
-def sample_masks(b, n, low, high, generator=None, device=None):
+def sample_masks(b, n, low, high, device=None):
     """Masks over the n tokens of b images, (b, n) bool. A mask ratio is uniform in [low, high].
 
     Exactly round(ratio * n) tokens of an image are hidden, and at least one.
     """
     # In training they are drawn on the CPU, which then knows how many tokens are masked, and so the
     # shapes of what follows, without waiting for the GPU.
-    ratio = low + (high - low) * torch.rand(b, 1, generator=generator, device=device)
+    ratio = low + (high - low) * torch.rand(b, 1, device=device)
     count = (ratio * n).round().clamp(min=1)
-    place = torch.rand(b, n, generator=generator, device=device).argsort(dim=1)  # a permutation
+    place = torch.rand(b, n, device=device).argsort(dim=1)  # a permutation
     return place < count
 
 
@@ -1098,7 +1096,8 @@ def find_files(path):
             return [file]
         if os.path.isfile(f"{file}.index.json"):
             shards = read_json(f"{file}.index.json", "weight_map").values()
-            return sorted({os.path.join(path, str(shard)) for shard in shards})
+            names = sorted({os.path.basename(str(shard)) for shard in shards})
+            return [os.path.join(path, name) for name in names]
     raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
                     "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
 
@@ -1255,7 +1254,7 @@ def load_hf(name, backbone, tensors, path, what):
     check_export(name, clip)  # what transformers cannot hold is not in its files
     weights = hf_weights(clip)
     rest = {}
-    if alone:
+    if alone:  # what the file lacks stays the backbone's own
         rest = {key: own for key, own in weights.items()
                 if key not in tensors and not key.startswith("vision_model.")}
     load_strictly(weights, tensors | rest, path, what)
@@ -1312,7 +1311,7 @@ def check_config(name, clip, path, what, alone):
 
 
 # What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
-# as in the first CLIP, or the first SigLIP.
+# as open_clip has it for ViT-B-32, or for ViT-B-16-SigLIP.
 HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
              "context_length", "norm_kwargs", "act_kwargs"}
 SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
@@ -1322,10 +1321,10 @@ def check_export(name, clip):
     """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
     config = open_clip.get_model_config(find_backbone(name, random=True).model)
     siglip = is_siglip(clip)
-    first = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
+    reference = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
     varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        held = vars(kind(**first[part]))
+        held = vars(kind(**reference[part]))
         for key, value in vars(kind(**config[part])).items():
             if value != held[key] and (key not in varies or isinstance(value, list)):
                 raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
@@ -1447,11 +1446,14 @@ def read_weights(path, what, hint=""):
         raise UserError(message) from None
     if SEAL not in about:
         return tensors, about
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # the seal may be what is damaged
+    try:
         seal = json.loads(about[SEAL])
-        if seal["crc32"] == checksum(tensors, seal["about"]):
-            return tensors, seal["about"]
-    raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+        whole = seal["crc32"] == checksum(tensors, seal["about"])
+    except (ValueError, KeyError, TypeError):  # the seal is what is damaged
+        whole = False
+    if not whole:
+        raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+    return tensors, seal["about"]
 
 
 def write_weights(path, tensors, about=None):

@@ -911,18 +911,18 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
 
 
 @both_families
-def test_the_features_are_those_of_the_visual_tower(world, clip):
+def test_features_are_the_towers_and_patch_tokens_its_last_layers_after_its_norm(world, clip):
     visual = load_visual(world, clip)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(gh.encode_with_patches(visual, x)[0], visual(x))
-
-
-def test_the_patch_tokens_are_the_last_layers_after_its_norm(world):
-    visual = load_visual(world, "tiny-clip")
+    if clip == "tiny-clip":
+        block, norm, class_tokens = visual.transformer.resblocks[-1], visual.ln_post, 1
+    else:
+        block, norm, class_tokens = visual.trunk.blocks[-1], visual.trunk.norm, 0
     last = []
-    visual.transformer.resblocks[-1].register_forward_hook(lambda *call: last.append(call[2]))
-    patches = gh.encode_with_patches(visual, torch.randn(2, 3, 32, 32))[1]
-    assert_close(patches, visual.ln_post(last[0])[:, 1:], 1e-6)
+    block.register_forward_hook(lambda *call: last.append(call[2]))
+    x = torch.randn(2, 3, 32, 32)
+    cls, patches = gh.encode_with_patches(visual, x)
+    assert_close(patches, norm(last[0])[:, class_tokens:], 1e-6)
+    assert torch.equal(cls, visual(x))
 
 
 def test_the_tower_keeps_no_graph_where_none_is_wanted(world):
@@ -1198,10 +1198,6 @@ def test_the_masked_loss_is_each_images_mean_over_its_masked_tokens_in_float32()
     assert losses.tolist() == pytest.approx([part.mean().item() for part in by_hand], rel=1e-5)
 
 
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
 def assert_uniform(values):
     """Kolmogorov-Smirnov: no larger distance to the uniform distribution than p = 0.001 allows."""
     values = values.sort().values
@@ -1213,7 +1209,7 @@ def assert_uniform(values):
 
 def logit_normal(*scale):
     """20,000 timesteps t, as P(T < t) = Phi(logit(t) / s), which is uniform; s = 1 by default."""
-    t = gh.sample_timesteps(20_000, *scale, generator=seed(0)).double()
+    t = gh.sample_timesteps(20_000, *scale).double()
     # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
     ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
     inside = t[(t > ends[0]) & (t < ends[1])]
@@ -1224,10 +1220,10 @@ def logit_normal(*scale):
 
 def mask_ratios():
     """400 mask ratios between .5 and .9 of 196 tokens, as a share of that range."""
-    hidden = gh.sample_masks(400, 196, 0.5, 0.9, seed(0)).sum(1).double()
+    hidden = gh.sample_masks(400, 196, 0.5, 0.9).sum(1).double()
     assert round(0.5 * 196) <= hidden.min() <= hidden.max() <= round(0.9 * 196)
     # Counts are whole numbers: spread each over the width of its step.
-    ratios = (hidden + torch.rand(400, generator=seed(1), dtype=torch.float64) - 0.5) / 196
+    ratios = (hidden + torch.rand(400, dtype=torch.float64) - 0.5) / 196
     return ((ratios - 0.5) / 0.4).clamp(0, 1)
 
 
@@ -1237,7 +1233,7 @@ def mask_ratios():
     lambda: logit_normal(0.5),
     lambda: logit_normal(5),
     lambda: logit_normal(10),
-    lambda: gh.sample_timesteps(20_000, 1.0, "uniform", seed(0)).double(),
+    lambda: gh.sample_timesteps(20_000, 1.0, "uniform").double(),
     mask_ratios,
 ])
 def test_draws_are_distributed_as_they_say(draw):
@@ -1246,7 +1242,7 @@ def test_draws_are_distributed_as_they_say(draw):
 
 @pytest.mark.parametrize("scale", [1, 10, 1000])
 def test_timesteps_are_never_zero_or_one(scale):
-    t = gh.sample_timesteps(20_000, scale, generator=seed(0))
+    t = gh.sample_timesteps(20_000, scale)
     assert 0 < t.min() < t.max() < 1
     if scale > 1:  # no more than needed is cut off
         assert t.min() < 1e-6
@@ -1254,7 +1250,7 @@ def test_timesteps_are_never_zero_or_one(scale):
 
 
 def test_every_position_is_masked_equally_often():
-    mask = gh.sample_masks(20_000, 4, 0.5, 0.5, seed(0))
+    mask = gh.sample_masks(20_000, 4, 0.5, 0.5)
     # Two of four: .5 each, with a standard error of .0035.
     assert mask.double().mean(0).tolist() == pytest.approx(4 * [0.5], abs=0.014)
 
@@ -1383,7 +1379,7 @@ def test_flux_equals_fluxs_own_code(case):
     names = ("latent", f"{case}.timesteps", f"{case}.context", f"{case}.vec")
     inputs = [tensors[name] for name in names]
     velocity = tensors[f"{case}.velocity_latent"]
-    assert_close(flux(*inputs), velocity)
+    assert_close(flux(*inputs), velocity, 3e-5)
     # The positions of context tokens are zero by default, and belong to their image.
     context_ids = torch.zeros(*inputs[2].shape[:2], 3)
     context_ids[1] = 1
@@ -1646,6 +1642,7 @@ def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, 
     for parameter in clip.parameters():
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
+    assert clip.visual.preprocess_cfg["resize_mode"] == "shortest"
     black = preprocess(Image.new("RGB", (64, 32)))[:, 0, 0]
     assert black.tolist() == pytest.approx([-1.7923, -1.7521, -1.4802], abs=1e-4)  # -mean / std
     assert tokenizer(["a cat", "two cats"]).shape == (2, 77)
@@ -2184,7 +2181,7 @@ def test_many_shards_are_indexed_in_their_order(tmp_path):
     data = open_images([tmp_path / "data"], tmp_path)
     tars = [path.read_bytes() for path in sorted((tmp_path / "data").iterdir())]
     found = [tars[place][start:start + size] for place, start, size in data.entries]
-    assert found == sum(contents, [])
+    assert found == [image for images in contents for image in images]
     sent = pickle.dumps(data)
     assert len(sent) < data.entries.nbytes
     assert pickle.loads(sent).fingerprint() == data.fingerprint()
@@ -3613,8 +3610,8 @@ def check_set(name):
 
 def test_classification_equals_the_naive_one_and_needs_no_benchmark(tiny, classes):
     texts = ["a photo of a big blue house.", "a photo of a moon.", "a photo of a red star."]
-    paths = [sorted((classes / name).iterdir()) for name in ("big blue house", "moon", "red_star")]
-    expected = cosines(tiny, texts, sum(paths, [])).argmax(0) == np.repeat([0, 1, 2], 10)
+    paths = sorted(classes.glob("*/*"))
+    expected = cosines(tiny, texts, paths).argmax(0) == np.repeat([0, 1, 2], 10)
     assert 0 < sum(expected) < 30
     result = eval_mmvp.evaluate(*tiny, None, [("folder", classes), ("cars", classes)], 7)
     assert result["outcomes"]["folder accuracy"].tolist() == expected.tolist()

@@ -105,7 +105,8 @@ LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 COUNT = number(int, 1, 10**9)
 FEW = number(int, 1, 1024)
 SIZE = number(int, 1, 2**14)
-RATE = number(float, 1e-30)  # above 0
+ABOVE_0 = sys.float_info.min  # the least of the ordinary positive numbers
+RATE = number(float, ABOVE_0)
 
 
 def make_parser():
@@ -190,7 +191,7 @@ def add_method(add):
     add("timesteps", "logit-normal", "rf: of t (Table 4)", choices=["logit-normal", "uniform"])
     add("scale", 1.0, "rf: s of the scaled logit-normal (Eq. 6, Table 4)", type=RATE)
     add("mask-ratio", [0.5, 0.9], "perceiver: share of masked tokens (Table 8)",
-        type=number(float, 1e-30, 1), nargs=2, metavar=("LOW", "HIGH"))
+        type=number(float, ABOVE_0, 1), nargs=2, metavar=("LOW", "HIGH"))
     add("local-ratio", 0.0, "share of local tokens in the condition (Fig. 5)",
         type=number(float, 0, 1))
     add("no-lora", help="train the whole visual tower (Fig. 8)", **SWITCH)
@@ -253,9 +254,9 @@ def settings_of(stage, typed, argv):
         s.result = os.path.join(s.folder, "last.safetensors")
     s.lr_clip = s.lr_clip or s.lr
     s.precision = s.precision or ("bf16" if is_bf16_fast() else "fp32")
-    check_values(s)
     if stage == 2 and s.preset != "bench":
         s.init = s.init or os.path.join(s.out, "stage1", "last.safetensors")
+    check_values(s)
     return s
 
 
@@ -953,7 +954,7 @@ def stamp_of(file):
 
 
 def index_shards(shards):
-    """index_shard of each, in their order; many of them side by side."""
+    """index_shard of each, in their order; many of them side by side, in a DataLoader's workers."""
     workers = min(32, os.cpu_count()) if len(shards) >= 8 else 0
     context = start_method() if workers else None
     tables = DataLoader(shards, batch_size=None, collate_fn=index_shard, num_workers=workers,
@@ -1026,7 +1027,8 @@ class Checkpoints:
         write_weights(path, tensors, about)
         older = [other for other in self.list() if other < path]
         for old in older[:-1]:
-            os.remove(old)
+            with contextlib.suppress(FileNotFoundError):  # somebody made room
+                os.remove(old)
 
     def finish(self):
         """Wait until the last checkpoint is written; UserError if it could not be."""

@@ -321,8 +321,8 @@ def retention(curve):
 def residual(values):
     """Randomised blocks: the standard deviation of what neither arm nor CLIP explains.
 
-    values: {(arm, clip): number}, of which NaNs are left out. Returns it and its degrees of
-    freedom.
+    values: {(arm, clip): number}, of which NaNs are left out; no arm has a CLIP's name. Returns it
+    and its degrees of freedom.
     """
     values = {key: value for key, value in values.items() if not math.isnan(value)}
     if not values:
