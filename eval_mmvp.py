@@ -10,42 +10,488 @@ The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/
 point: a pair's pattern is here what its Type column says, and there it follows from the row number.
 """
 import csv
+import hashlib
 import json
+import logging
 import math
 import os
+import re
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import zip_longest
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, not spin
 
 import numpy as np
 import open_clip
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, SUN397, ImageFolder
 from tqdm import tqdm
 
 from genhancer import (
-    BACKBONES,
-    TOY,
     Parser,
     UserError,
     check_writable,
     escape,
     first_line,
-    load_clip,
+    image_side,
+    load_strictly,
     nonempty,
     number,
+    read_json,
+    read_pickle,
+    read_weights,
     run_command,
     start_method,
     write_file,
     write_json,
+    write_tensors,
+    write_text,
 )
+
+TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
+
+
+class Backbone(NamedTuple):
+    model: str         # open_clip's name
+    pretrained: str    # open_clip's tag, which it downloads, or a file
+
+
+BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
+    "openai-l14-224": Backbone("ViT-L-14-quickgelu", "openai"),
+    "openai-l14-336": Backbone("ViT-L-14-336-quickgelu", "openai"),
+    "metaclip-l14-224": Backbone("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "metaclip-h14-224": Backbone("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "siglip-so400m-224": Backbone("ViT-SO400M-14-SigLIP", "webli"),
+    "siglip-so400m-384": Backbone("ViT-SO400M-14-SigLIP-384", "webli"),
+    "toy": Backbone("toy-clip", os.path.join(TOY, "clip.safetensors")),
+}
+
+
+# ---- CLIP in and out -----------------------------------------------------------------------------
+
+def load_clip(name, weights=None, random=False):
+    """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
+
+    `weights` names local ones instead, which need no network. No code in them is run:
+    - open_clip's safetensors or .pt, and OpenAI's own archives, such as ViT-L-14.pt;
+    - HuggingFace's: a folder as save_pretrained writes it, or one of its files. What a vision
+      tower alone lacks is the backbone's own, as without `weights`, and a line says so;
+    - either of them behind a prefix, in a larger program's checkpoint.
+    `random=True` keeps the random initialisation, and needs no tag.
+
+    Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
+    the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
+    from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
+    """
+    backbone = find_backbone(name, weights, random)
+    if name == "toy" and weights is None:
+        weights = backbone.pretrained
+    if random or weights is None:
+        clip = create_clip(backbone, download=not random)
+    else:
+        clip = load_clip_file(name, backbone, weights)
+    config = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
+    preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
+
+    def tokenizer(texts):
+        return make_tokenizer(backbone.model)(texts)
+
+    return clip.float().eval().requires_grad_(False), preprocess, tokenizer
+
+
+def find_backbone(name, weights=None, random=False):
+    """The Backbone that load_clip would load; UserError if it, or its weights, are not there."""
+    if name == "toy" and "toy-clip" not in open_clip.list_models():
+        open_clip.add_model_config(os.path.join(TOY, "toy-clip.json"))
+    model, _, tag = name.partition(":")
+    backbone = BACKBONES.get(name, Backbone(model, tag))
+    if backbone.model not in open_clip.list_models():
+        rows = ", ".join(BACKBONES)
+        raise UserError(f"unknown backbone {name!r}: choose from {rows}, "
+                        "or name open_clip's MODEL:TAG")
+    known = name in BACKBONES or open_clip.is_pretrained_cfg(model, tag)
+    if not known and (tag or not random):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise UserError(f"{name!r} names no tag of open_clip's, which says how images are prepared "
+                        f"and which activation is computed: name {model}:TAG with one of its tags "
+                        f"({tags or 'it has none: choose another model'})")
+    if weights is not None and not random:
+        find_files(weights)
+    return backbone
+
+
+def create_clip(backbone, download=False):
+    """An open_clip model that computes what its tag says: random, or with weights from the hub."""
+    published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
+    try:
+        logging.disable()  # open_clip logs what is raised here, and warns of random weights
+        return open_clip.create_model(
+            backbone.model,
+            pretrained=backbone.pretrained if download else None,
+            load_weights=download,
+            pretrained_hf=False,
+            force_quick_gelu=bool(published.get("quick_gelu")),  # plain ViT-L-14 does not say it
+            force_preprocess_cfg=published,  # of which it takes mean, std and how to resize
+        )
+    except Exception as error:  # open_clip, the hub and the network each raise their own
+        raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
+                        f"its weights {backbone.pretrained!r} where there is a network, and name "
+                        "the local file") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@lru_cache
+def make_tokenizer(model):
+    """open_clip's text tokenizer, made when there is text: SigLIP's comes from the hub."""
+    try:
+        return open_clip.get_tokenizer(model)
+    except Exception as error:  # as in create_clip
+        raise UserError(f"open_clip cannot make the text tokenizer of {model} "
+                        f"({first_line(error)}): it needs `pip install transformers` and, once, "
+                        "the network") from None
+
+
+# ---- reading weights, running nothing ----
+
+# A name that every CLIP has, in open_clip's or HuggingFace's format, behind any prefix.
+PATCHES = re.compile(r"((?:.*?\.)??)(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
+                     r"(?:vision_model\.)?embeddings\.patch_embedding)\.weight")
+# Not weights: masks, positions, and the three integers in OpenAI's archives.
+IGNORED = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
+
+
+def load_clip_file(name, backbone, path):
+    """A CLIP with the weights of a local file or folder."""
+    what = f"CLIP weights for {backbone.model}"
+    tensors = {}
+    for file in find_files(path):
+        tensors.update(read_tensors(file, what))
+    tensors = unwrap(tensors, path, what)
+    if "vision_model.embeddings.patch_embedding.weight" in tensors:
+        return load_hf(name, backbone, tensors, path, what)
+    clip = create_clip(backbone)
+    for key, target in clip.state_dict().items():
+        if key.startswith("logit_") and getattr(tensors.get(key), "shape", None) == (1,):
+            tensors[key] = tensors[key].reshape(target.shape)  # as older files have it
+    return load_strictly(clip, tensors, path, what)
+
+
+def unwrap(tensors, path, what):
+    """The tensors of the one CLIP among these, without the prefix that all of its names have."""
+    found = [match for name in tensors if (match := PATCHES.fullmatch(name))]
+    if len(found) > 1:
+        names = " and ".join(match[0] for match in found[:2])
+        raise UserError(f"{what}: {path} holds several CLIPs ({names}): save one alone")
+    prefix, patches = found[0].groups() if found else ("", "")
+    # transformers 5 saves a vision tower alone without its name.
+    tower = "vision_model." if patches.startswith("embeddings") else ""
+    inside = [name for name in tensors if name.startswith(prefix)]
+    if len(inside) < len(tensors):
+        print(f"{what}: {path} holds the CLIP behind {prefix!r}, and "
+              f"{len(tensors) - len(inside)} tensors elsewhere are left out", file=sys.stderr)
+    return {tower + name.removeprefix(prefix): tensors[name] for name in inside
+            if name.rpartition(".")[2] not in IGNORED}
+
+
+def find_files(path):
+    """The files that hold the weights: `path` itself, or those of a folder of HuggingFace's."""
+    path = os.fspath(path)
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise UserError(f"CLIP weights not found at {path!r}: name a file or a HuggingFace folder")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            return [file]
+        if os.path.isfile(f"{file}.index.json"):
+            shards = read_json(f"{file}.index.json", "weight_map").values()
+            names = sorted({os.path.basename(str(shard)) for shard in shards})
+            return [os.path.join(path, name) for name in names]
+    raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
+                    "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
+
+
+def read_tensors(path, what):
+    """The tensors of one file, by name: safetensors, torch.save's, or OpenAI's own TorchScript."""
+    if path.endswith(".safetensors"):
+        return read_weights(path, what)[0]
+    if os.path.isfile(path) and is_openais(path):
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return read_pickle(path, what)
+
+
+def is_openais(path):
+    """Whether OpenAI published this very file, by its SHA-256, which is a part of its address.
+
+    Loading a TorchScript archive runs code that is in it: no other one is loaded.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    models = open_clip.list_pretrained_models_by_tag("openai")
+    return any(digest in open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models)
+
+
+# ---- HuggingFace's format ----
+
+HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for export and import
+    ("visual.trunk.",          "visual."),
+    ("visual.proj",            "visual_projection.weight"),
+    ("visual.norm",            "visual.post_layernorm"),
+    ("visual.",                "vision_model."),
+    ("text.text_projection.",  "text_model.head."),
+    ("text.text_projection",   "text_projection.weight"),
+    ("text.",                  "text_model."),
+    ("attn_pool.latent",       "head.probe"),
+    ("attn_pool.q.",           "head.attention.in_proj_"),  # one tensor there, two here
+    ("attn_pool.kv.",          "head.attention.in_proj_"),
+    ("attn_pool.proj",         "head.attention.out_proj"),
+    ("attn_pool.norm",         "head.layernorm"),
+    ("attn_pool.mlp",          "head.mlp"),
+    ("class_embedding",        "embeddings.class_embedding"),
+    ("token_embedding",        "embeddings.token_embedding"),
+    ("positional_embedding",   "embeddings.position_embedding.weight"),
+    ("pos_embed",              "embeddings.position_embedding.weight"),
+    ("conv1",                  "embeddings.patch_embedding"),
+    ("patch_embed.proj",       "embeddings.patch_embedding"),
+    ("ln_pre",                 "pre_layrnorm"),
+    ("ln_post",                "post_layernorm"),
+    ("ln_final",               "final_layer_norm"),
+    ("transformer.resblocks.", "encoder.layers."),
+    ("blocks.",                "encoder.layers."),
+    ("ln_1",                   "layer_norm1"),
+    (".norm1",                 ".layer_norm1"),
+    ("ln_2",                   "layer_norm2"),
+    (".norm2",                 ".layer_norm2"),
+    ("attn.in_proj_",          "self_attn.QKV_proj."),
+    ("attn.qkv.",              "self_attn.QKV_proj."),
+    ("attn.out_proj",          "self_attn.out_proj"),
+    ("attn.proj",              "self_attn.out_proj"),
+    ("mlp.c_fc",               "mlp.fc1"),
+    ("mlp.c_proj",             "mlp.fc2"),
+]
+PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # HuggingFace transposes them
+
+
+def hf_weights(clip):
+    """The weights of an open_clip CLIP or SigLIP under HuggingFace's names and in its shapes.
+
+    Each is a view of the clip's own tensor, so that export reads it and import writes it; but the
+    two that SigLIP's pooling head packs are copies.
+    """
+    weights = {}
+    for key, tensor in clip.state_dict().items():
+        top = key.partition(".")[0]
+        # open_clip's CLIP has its text tower's parts at the top.
+        name = key if top in ("visual", "text", "logit_scale", "logit_bias") else f"text.{key}"
+        for ours, theirs in HF_NAMES:
+            name = name.replace(ours, theirs)
+        if name in PROJECTIONS:
+            tensor = tensor.T
+        elif key == "visual.trunk.pos_embed":
+            tensor = tensor[0]
+        elif top.startswith("logit_") and is_siglip(clip):
+            tensor = tensor.reshape(1)
+        if "QKV" in name:  # one tensor here, three there
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                weights[name.replace("QKV", letter)] = rows
+        elif name in weights:  # the pooling head's q comes first, then its k and v
+            weights[name] = torch.cat([weights[name], tensor])
+        else:
+            weights[name] = tensor
+    return weights
+
+
+def is_siglip(clip):
+    return isinstance(clip.visual, open_clip.timm_model.TimmModel)
+
+
+def load_hf(name, backbone, tensors, path, what):
+    """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
+    alone = not any(key.startswith("text_model.") for key in tensors)
+    try:
+        clip = create_clip(backbone, download=alone)
+    except UserError as error:
+        if not alone:
+            raise
+        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
+                        f"{name}'s, is not at hand: {error}") from None
+    check_export(name, clip)  # what transformers cannot hold is not in its files
+    weights = hf_weights(clip)
+    rest = {}
+    if alone:  # what the file lacks stays the backbone's own
+        rest = {key: own for key, own in weights.items()
+                if key not in tensors and not key.startswith("vision_model.")}
+    load_strictly(weights, tensors | rest, path, what)
+    if is_siglip(clip):
+        pool = clip.visual.trunk.attn_pool.state_dict()
+        for kind in ("weight", "bias"):
+            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
+            rows = len(packed) // 3
+            pool[f"q.{kind}"].copy_(packed[:rows])
+            pool[f"kv.{kind}"].copy_(packed[rows:])
+    check_config(name, clip, path, what, alone)
+    if alone:
+        more = " and visual projection" if PROJECTIONS[0] in rest else ""
+        print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
+              file=sys.stderr)
+    return clip
+
+
+HF_DEFAULTS = [  # what shows in no shape; transformers' values where a CLIP's, a SigLIP's is silent
+    ("config.json", "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "vision_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "vision_config", "num_attention_heads", 12, 12),
+    ("config.json", "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
+    ("config.json", "text_config", "layer_norm_eps", 1e-5, 1e-6),
+    ("config.json", "text_config", "num_attention_heads", 8, 12),
+    ("preprocessor_config.json", "image", "image_mean", [*OPENAI_DATASET_MEAN], [0.5, 0.5, 0.5]),
+    ("preprocessor_config.json", "image", "image_std", [*OPENAI_DATASET_STD], [0.5, 0.5, 0.5]),
+]
+
+
+def check_config(name, clip, path, what, alone):
+    """Refuse weights if the JSON files beside them say other than what the backbone computes."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    ours = hf_config(clip) | {"image": hf_preprocessor(clip)}
+    kind = ours["model_type"]
+    note = ""
+    for file, part, key, of_clip, of_siglip in HF_DEFAULTS:
+        file = os.path.join(folder, file)
+        if not os.path.isfile(file) or (alone and part == "text_config"):
+            continue
+        said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
+        if not str(said.get("model_type", kind)).startswith(kind):
+            continue  # a larger program's
+        theirs = said.get(key, of_siglip if kind == "siglip" else of_clip)
+        value = ours[part][key]
+        if (kind, theirs, value) == ("siglip", "gelu_pytorch_tanh", "gelu"):
+            # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
+            note = f"{what}: {file} says {theirs}, and {name} computes {value}, which is close"
+        elif theirs != value:
+            raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} computes "
+                            f"{value!r}: choose another backbone")
+    if note:
+        print(note, file=sys.stderr)
+
+
+# What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
+# as open_clip has it for ViT-B-32, or for ViT-B-16-SigLIP.
+HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
+             "context_length", "norm_kwargs", "act_kwargs"}
+SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
+
+
+def check_export(name, clip):
+    """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
+    config = open_clip.get_model_config(find_backbone(name, random=True).model)
+    siglip = is_siglip(clip)
+    reference = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
+    varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        held = vars(kind(**reference[part]))
+        for key, value in vars(kind(**config[part])).items():
+            if value != held[key] and (key not in varies or isinstance(value, list)):
+                raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
+                                f"{value!r}, not {held[key]!r}): choose another backbone")
+
+
+def export_hf(clip, folder):
+    """Write a CLIP (LoRA merged) for transformers, if check_export takes it: CLIPModel,
+    CLIPVisionModel or SiglipModel `.from_pretrained(folder)` loads it. SigLIP's text tokenizer is
+    not in open_clip's package."""
+    config = hf_config(clip)
+    write_json(os.path.join(folder, "config.json"), config)
+    write_json(os.path.join(folder, "preprocessor_config.json"), hf_preprocessor(clip))
+    if not is_siglip(clip):
+        write_hf_tokenizer(folder, config["text_config"]["max_position_embeddings"])
+    weights = {name: tensor.cpu() for name, tensor in hf_weights(clip).items()}
+    write_tensors(os.path.join(folder, "model.safetensors"), weights, {"format": "pt"})
+
+
+def hf_config(clip):
+    """transformers' config.json for an open_clip CLIP or SigLIP, read off its modules."""
+    kind = "siglip" if is_siglip(clip) else "clip"
+    weights = hf_weights(clip)
+    visual, text = clip.visual, getattr(clip, "text", clip)
+    patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
+    positions = len(weights["text_model.embeddings.position_embedding.weight"])
+    config = {"model_type": kind, "torch_dtype": "float32"}
+    config["architectures"] = ["SiglipModel" if is_siglip(clip) else "CLIPModel"]
+    vision = hf_tower(visual.trunk.blocks if is_siglip(clip) else visual.transformer.resblocks)
+    vision |= {"model_type": f"{kind}_vision_model"}
+    vision |= {"image_size": image_side(visual), "patch_size": patch}
+    text = hf_tower(text.transformer.resblocks) | {"model_type": f"{kind}_text_model"}
+    text |= {"vocab_size": vocabulary, "max_position_embeddings": positions}
+    if is_siglip(clip):
+        text["projection_size"] = len(weights["text_model.head.weight"])
+    else:
+        text["bos_token_id"] = vocabulary - 2
+        text["eos_token_id"] = vocabulary - 1  # a wrong one would pool another position
+        for part in (config, vision, text):
+            part["projection_dim"] = len(weights["visual_projection.weight"])
+    return config | {"vision_config": vision, "text_config": text}
+
+
+ACTIVATIONS = {
+    "quick_gelu": open_clip.transformer.QuickGELU(),
+    "gelu": nn.GELU(),
+    "gelu_pytorch_tanh": nn.GELU("tanh"),
+}
+
+
+def hf_tower(blocks):
+    """What config.json says of a tower's transformer blocks."""
+    # timm's blocks and open_clip's begin with a norm, their MLPs with a linear layer and its GELU.
+    norm = next(blocks[0].children())
+    linear, gelu = list(blocks[0].mlp.children())[:2]
+    x = torch.linspace(-3, 3, 7)  # a GELU has many classes: its values tell which one it is
+    activation = next(name for name, other in ACTIVATIONS.items() if gelu(x).allclose(other(x)))
+    return {"hidden_size": linear.in_features, "intermediate_size": linear.out_features,
+            "num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads,
+            "layer_norm_eps": norm.eps, "attention_dropout": 0.0, "hidden_act": activation}
+
+
+def hf_preprocessor(clip):
+    """transformers' preprocessor_config.json: the clip's own resizing, mean and std."""
+    config, side = clip.visual.preprocess_cfg, image_side(clip.visual)
+    squash = config["resize_mode"] == "squash"
+    square = {"height": side, "width": side}
+    steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+    return dict.fromkeys(steps, True) | {
+        "image_processor_type": "SiglipImageProcessor" if is_siglip(clip) else "CLIPImageProcessor",
+        "size": square if squash else {"shortest_edge": side},
+        "resample": {"bicubic": 3, "bilinear": 2}[config["interpolation"]],  # Pillow's numbers
+        "do_center_crop": not squash, "crop_size": square, "rescale_factor": 1 / 255,
+        "image_mean": list(config["mean"]), "image_std": list(config["std"]),
+    }
+
+
+def write_hf_tokenizer(folder, context_length):
+    """CLIP's text tokenizer for transformers."""
+    tokenizer = open_clip.SimpleTokenizer()
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    renamed = {"<start_of_text>": start, "<end_of_text>": end}
+    vocabulary = {renamed.get(token, token): i for token, i in tokenizer.encoder.items()}
+    merges = ["#version: 0.2"] + [" ".join(pair) for pair in tokenizer.bpe_ranks]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
+    config |= {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    write_json(os.path.join(folder, "vocab.json"), vocabulary)
+    write_text(os.path.join(folder, "merges.txt"), "\n".join(merges) + "\n")
+    write_json(os.path.join(folder, "tokenizer_config.json"), config)
+
 
 # ---- MMVP-VLM ------------------------------------------------------------------------------------
 

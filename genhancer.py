@@ -19,10 +19,8 @@ learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage i
 are the optimizer and its settings (App. B).
 """
 import argparse
-import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -31,39 +29,16 @@ import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-
-
-class Backbone(NamedTuple):
-    model: str         # open_clip's name
-    pretrained: str    # open_clip's tag, which it downloads, or a file
-
-
-BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
-    "openai-l14-224": Backbone("ViT-L-14-quickgelu", "openai"),
-    "openai-l14-336": Backbone("ViT-L-14-336-quickgelu", "openai"),
-    "metaclip-l14-224": Backbone("ViT-L-14-quickgelu", "metaclip_fullcc"),
-    "metaclip-h14-224": Backbone("ViT-H-14-quickgelu", "metaclip_fullcc"),
-    "siglip-so400m-224": Backbone("ViT-SO400M-14-SigLIP", "webli"),
-    "siglip-so400m-384": Backbone("ViT-SO400M-14-SigLIP-384", "webli"),
-    "toy": Backbone("toy-clip", os.path.join(TOY, "clip.safetensors")),
-}
-
 
 # ------------------------------------------------------------------------------------- the method
 
@@ -78,7 +53,7 @@ class GenHancer(nn.Module):
     `forward` returns each image's loss and its level of noise: its timestep t or its mask ratio.
     The condition is `context`, tokens that the denoiser attends to, and for Flux also `vec`, the
     vector that modulates it (both are FLUX's names). Random draws come from torch's default
-    generators: Discrete's masks in training from the CPU's, all others from the device's.
+    generators.
     """
     token_side = 1  # a token of the denoiser covers 1 x 1 cells of the autoencoder's output
 
@@ -92,25 +67,20 @@ class GenHancer(nn.Module):
         side = image_side(visual)
         device = next(visual.parameters()).device
         with torch.no_grad():  # the widths are read off the model
-            blank = torch.zeros(1, 3, side, side, device=device)
-            cls, patches = encode_with_patches(visual, blank)
-        self.num_locals = round(local_ratio * patches.shape[1])
-        if local_ratio > 0 and self.num_locals == 0:
-            raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
-                            "tokens: give a higher one, or 0")
-        self.clip_grid = math.isqrt(patches.shape[1])  # CLIP's patches along a side
-        self.patch_pixels = side // self.clip_grid
-        self.token_pixels = autoencoder.factor * self.token_side
-
+            cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
             self.projectors[name] = Projector(cls.shape[-1], width)
-        if self.num_locals:
-            self.projectors["local"] = Projector(patches.shape[-1], projector_widths["context"])
-
         for name in ("mean", "std"):
             values = torch.tensor(visual.preprocess_cfg[name], device=device).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
+
+        self.num_locals = round(local_ratio * patches.shape[1])
+        if self.num_locals:
+            self.projectors["local"] = Projector(patches.shape[-1], projector_widths["context"])
+        elif local_ratio > 0:
+            raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
+                            "tokens: give a higher one, or 0")
 
     def set_stage(self, stage, lora=True, freeze_denoiser=False):
         """Choose what trains, once. The autoencoder never does. ValueError for another stage.
@@ -159,9 +129,12 @@ class GenHancer(nn.Module):
         chosen = order[:, :self.num_locals]                               # (B, num_locals)
         index = chosen[..., None].expand(-1, -1, patches.shape[2])
         tokens = self.projectors["local"](patches.gather(1, index))
-        row_column = torch.stack([chosen // self.clip_grid, chosen % self.clip_grid], dim=-1)
+        grid = math.isqrt(patches.shape[1])  # patches along a side
+        row_column = torch.stack([chosen // grid, chosen % grid], dim=-1)
+        patch_pixels = image_side(self.visual) // grid
+        token_pixels = self.autoencoder.factor * self.token_side
         # A patch's centre, in tokens of the denoiser, whose own centres are at 0, 1, 2, ...
-        position = (row_column + 0.5) * self.patch_pixels / self.token_pixels - 0.5
+        position = (row_column + 0.5) * patch_pixels / token_pixels - 0.5
         return tokens, position
 
 
@@ -257,10 +230,11 @@ class Discrete(GenHancer):
         """
         context = self.condition(images if condition_images is None else condition_images)
         indices = self.autoencoder.encode(2 * images - 1).flatten(1)      # (B, N)
-        mask = sample_masks(*indices.shape, *self.mask_ratio)                     # (B, N)
-        logits = self.denoiser(indices, mask, context)                    # (M, K)
-        losses = masked_token_loss(logits, indices, mask)                          # Eq. 4
-        return losses, mask.float().mean(1).to(images.device, non_blocking=True)
+        low, high = self.mask_ratio
+        mask = sample_masks(*indices.shape, low, high, images.device)     # (B, N)
+        logits = self.denoiser(indices, mask, context)                    # (B, N, K)
+        losses = masked_token_loss(logits, indices, mask)                 # Eq. 4
+        return losses, mask.float().mean(1)
 
     @torch.no_grad()
     def reconstruct(self, images, steps=20, mask_ratio=1.0):
@@ -291,15 +265,14 @@ class Discrete(GenHancer):
                 choice = torch.distributions.Categorical(logits=logits).sample()
             else:
                 choice = logits.argmax(-1)
-            indices = indices.masked_scatter(mask, choice)
+            indices = torch.where(mask, choice, indices)
 
             still_masked = int(start * math.cos(math.pi / 2 * step / steps))
-            confidence = logits.log_softmax(-1).gather(1, choice[:, None])[:, 0]
+            confidence = logits.log_softmax(-1).gather(2, choice[..., None])[..., 0]
             uniform = torch.rand_like(confidence).clamp_min(1e-9)
             gumbel = -torch.log(-torch.log(uniform))  # it fades with the steps
             confidence = confidence + temperature * (1 - step / steps) * gumbel
-            scores = torch.full(mask.shape, -torch.inf, device=mask.device)
-            scores = scores.masked_scatter(mask, confidence)
+            scores = confidence.masked_fill(~mask, -torch.inf)
             surest = scores.topk(remaining - still_masked).indices
             mask = mask.scatter(1, surest, False)
             remaining = still_masked
@@ -314,6 +287,12 @@ def encode_with_patches(visual, x):
     features = visual.forward_intermediates(
         x, indices=last_layer_only, normalize_intermediates=True, output_fmt="NLC")
     return features["image_features"], features["image_intermediates"][-1]
+
+
+def image_side(visual):
+    """The side of the square images that a visual tower takes, in pixels."""
+    side = visual.preprocess_cfg["size"]
+    return side if isinstance(side, int) else side[0]
 
 
 def to_unit_range(images):
@@ -356,8 +335,6 @@ def sample_masks(b, n, low, high, device=None):
 
     Exactly round(ratio * n) tokens of an image are hidden, and at least one.
     """
-    # In training they are drawn on the CPU, which then knows how many tokens are masked, and so the
-    # shapes of what follows, without waiting for the GPU.
     ratio = low + (high - low) * torch.rand(b, 1, device=device)
     count = (ratio * n).round().clamp(min=1)
     place = torch.rand(b, n, device=device).argsort(dim=1)  # a permutation
@@ -368,20 +345,10 @@ def masked_token_loss(logits, indices, mask):
     """Eq. 4, which is Eq. 2 for masked tokens: - log p(s_i | unmasked tokens, condition), (B,).
 
     An image's sum is divided by the number of its masked tokens, so that every image counts alike.
-    logits (M, K) as Perceiver.forward returns them, indices (B, N), mask (B, N).
+    logits (B, N, K), indices (B, N), mask (B, N).
     """
-    masked = masked_positions(mask, logits.device)
-    count = mask.sum(1).to(logits.device, non_blocking=True)              # (B,)
-    targets = indices.flatten().index_select(0, masked)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")   # (M,)
-    zeros = torch.zeros(mask.numel(), device=logits.device)
-    per_token = zeros.scatter(0, masked, losses)                          # (B * N,)
-    return per_token.view(mask.shape).sum(1) / count
-
-
-def masked_positions(mask, device):
-    """Where a mask is True: flat indices (M,) on `device`."""
-    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    losses = F.cross_entropy(logits.float().mT, indices, reduction="none")    # (B, N)
+    return (losses * mask).sum(1) / mask.sum(1)
 
 
 # ------------------------------------------------------------------------------ projector and LoRA
@@ -503,12 +470,9 @@ class LoRAAttention(nn.Module):
 
     def merge(self):
         """The original module, with the adapters added to its weights."""
-        attn = self.original[0]
-        qkv = self.qkv.merge()
-        attn.in_proj_weight = qkv.weight
-        attn.in_proj_bias = qkv.bias
-        attn.out_proj = self.out.merge()
-        return attn
+        self.qkv.merge()  # in place, and these are the original's own weights
+        self.out.merge()
+        return self.original[0]
 
 
 class LoRAProj(LoRALinear):
@@ -584,9 +548,12 @@ class Flux(nn.Module):
         """
         rows, columns = latents.shape[2] // 2, latents.shape[3] // 2      # of patches
         n = context.shape[1]
+        patch_ids = F.pad(grid_positions(rows, columns, latents.device), (1, 0))[None]
         if context_ids is None:
-            context_ids = torch.zeros(1, n, 3, device=latents.device)
-        rotary = self.rotary_tables(context_ids, rows, columns)
+            context_ids = patch_ids.new_zeros(1, n, 3)
+        patch_ids = patch_ids.expand(len(context_ids), -1, -1)            # (0, row, column)
+        ids = torch.cat([context_ids, patch_ids], dim=1)                  # (B or 1, L + N, 3)
+        rotary = rotary_table(ids, self.config.axes_dim, self.config.theta)
         img = self.img_in(patchify(latents))                              # (B, N, hidden)
         txt = self.txt_in(context)                                        # (B, L, hidden)
         embedding = self.embed_time(t, guidance) + self.vector_in(vec)    # (B, hidden)
@@ -605,18 +572,6 @@ class Flux(nn.Module):
             if self.config.guidance_embed:
                 x = x + self.guidance_in(timestep_embedding(torch.full_like(t, guidance)))
         return x
-
-    def rotary_tables(self, context_ids, rows, columns):
-        """Rotary cosines and sines of context tokens and patches, each (B, 1, L + N, D/2)."""
-        axes_dim = tuple(self.config.axes_dim)
-        theta = self.config.theta
-        context = rotary_table(context_ids, axes_dim, theta)                      # two (B, L, D/2)
-        image = image_rotary_table(rows, columns, axes_dim, theta, context_ids.device)
-        tables = []
-        for of_context, of_image in zip(context, image, strict=True):  # cosines, then sines
-            of_image = of_image.expand(len(of_context), -1, -1)
-            tables.append(torch.cat([of_context, of_image], dim=1)[:, None])
-        return tables
 
 
 def patchify(latents):
@@ -645,22 +600,13 @@ def timestep_embedding(t, dim=256, max_period=10_000):
 
 
 def rotary_table(ids, axes_dim, theta):
-    """Positions (..., axes) -> cosines and sines of their rotary angles, each (..., D/2)."""
+    """Positions (B, L, 3) -> cosines and sines of their rotary angles, each (B, 1, L, D/2)."""
     angles = []
     for axis, dim in enumerate(axes_dim):
         exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
         angles.append(ids[..., axis, None].double() / theta**exponents)
-    angles = torch.cat(angles, dim=-1)
+    angles = torch.cat(angles, dim=-1)[:, None]
     return angles.cos().float(), angles.sin().float()
-
-
-@lru_cache(maxsize=16)  # computed once for each size
-def image_rotary_table(rows, columns, axes_dim, theta, device):
-    """The rotary table of rows x columns patches: two (N, D/2)."""
-    steps = [torch.arange(count, device=device) for count in (rows, columns)]
-    row, column = torch.meshgrid(*steps, indexing="ij")
-    ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)  # (N, 3)
-    return rotary_table(ids, axes_dim, theta)
 
 
 def rotate(x, cos, sin):
@@ -880,20 +826,17 @@ class Perceiver(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, indices, mask, context):
-        """Logits (M, K) of the M masked positions of all images, in row-major order; K codes.
+        """Logits (B, N, K) of the K codes at all positions, of which the masked ones are trained.
 
-        indices (B, N); the masked ones are not read. mask (B, N) bool, on the host or on the
-        model's device. context (B, L, width).
+        indices (B, N); the masked ones are not read. mask (B, N) bool. context (B, L, width).
         """
-        masked = masked_positions(mask, indices.device)
-        mask = mask.to(indices.device, non_blocking=True)
         codes = F.embedding(indices, self.codebook)                       # (B, N, embed_dim)
         x = self.token_in(codes)                                          # (B, N, width)
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x + grid_embedding(indices.shape[1], self.config.width, indices.device)
+        side = math.isqrt(indices.shape[1])
+        x = x + sincos_embedding(grid_positions(side, side, x.device), self.config.width)
         for layer in self.layers:
             x = run_block(self, layer, x, context)
-        x = x.flatten(0, 1).index_select(0, masked)  # the head is as wide as the codebook
         return self.head(self.norm(x))
 
 
@@ -933,206 +876,50 @@ def sincos_embedding(position, dim):
     return both.flatten(-2)
 
 
-@lru_cache(maxsize=16)  # computed once for each size
-def grid_embedding(n, dim, device):
-    """The sin-cos embedding of a square grid of n tokens, (n, dim); ValueError if no square."""
-    side = math.isqrt(n)
-    if side * side != n:
-        raise ValueError(f"{n} tokens are no square grid")
-    steps = torch.arange(side, device=device)
-    row, column = torch.meshgrid(steps, steps, indexing="ij")
-    position = torch.stack([row, column], dim=-1).flatten(0, 1)           # (n, 2)
-    return sincos_embedding(position, dim)
+def grid_positions(rows, columns, device):
+    """(row, column) of every cell of a grid, row by row: (rows * columns, 2)."""
+    return torch.cartesian_prod(
+        torch.arange(rows, device=device), torch.arange(columns, device=device))
 
 
-# --------------------------------------------------------------------------------- CLIP in and out
+# --------------------------------------------- what all programs share: mistakes, files, commands
 
-def load_clip(name, weights=None, random=False):
-    """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
+class UserError(Exception):
+    """A mistake that the user can mend. Its message is one line: what, where, what to do."""
 
-    `weights` names local ones instead, which need no network. No code in them is run:
-    - open_clip's safetensors or .pt, and OpenAI's own archives, such as ViT-L-14.pt;
-    - HuggingFace's: a folder as save_pretrained writes it, or one of its files. What a vision
-      tower alone lacks is the backbone's own, as without `weights`, and a line says so;
-    - either of them behind a prefix, in a larger program's checkpoint.
-    `random=True` keeps the random initialisation, and needs no tag.
 
-    Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
-    the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
-    from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
+SEAL = "genhancer"  # the entry of a file's metadata with its checksum and what is said about it
+
+
+def read_weights(path, what, hint=""):
+    """The tensors of a safetensors file by name, and what write_weights was told about them, else
+    nothing: two dictionaries.
+
+    The tensors are views of the file: they take no memory that the system could not take back.
+    Raises UserError with `what`, the path and the `hint` if there is no such file, a part of it, or
+    if write_weights wrote it and it is damaged.
     """
-    backbone = find_backbone(name, weights, random)
-    if name == "toy" and weights is None:
-        weights = backbone.pretrained
-    if random or weights is None:
-        clip = create_clip(backbone, download=not random)
-    else:
-        clip = load_clip_file(name, backbone, weights)
-    config = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
-    preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
-
-    def tokenizer(texts):
-        return make_tokenizer(backbone.model)(texts)
-
-    return clip.float().eval().requires_grad_(False), preprocess, tokenizer
-
-
-def find_backbone(name, weights=None, random=False):
-    """The Backbone that load_clip would load; UserError if it, or its weights, are not there."""
-    if name == "toy" and "toy-clip" not in open_clip.list_models():
-        open_clip.add_model_config(os.path.join(TOY, "toy-clip.json"))
-    model, _, tag = name.partition(":")
-    backbone = BACKBONES.get(name, Backbone(model, tag))
-    if backbone.model not in open_clip.list_models():
-        rows = ", ".join(BACKBONES)
-        raise UserError(f"unknown backbone {name!r}: choose from {rows}, "
-                        "or name open_clip's MODEL:TAG")
-    known = name in BACKBONES or open_clip.is_pretrained_cfg(model, tag)
-    if not known and (tag or not random):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-        raise UserError(f"{name!r} names no tag of open_clip's, which says how images are prepared "
-                        f"and which activation is computed: name {model}:TAG with one of its tags "
-                        f"({tags or 'it has none: choose another model'})")
-    if weights is not None and not random:
-        find_files(weights)
-    return backbone
-
-
-def create_clip(backbone, download=False):
-    """An open_clip model that computes what its tag says: random, or with weights from the hub."""
-    published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
+    advice = f": {hint}" if hint else ""
+    if not os.path.isfile(path):
+        raise UserError(f"{what} not found at '{path}' (not a file){advice}")
     try:
-        logging.disable()  # open_clip logs what is raised here, and warns of random weights
-        return open_clip.create_model(
-            backbone.model,
-            pretrained=backbone.pretrained if download else None,
-            load_weights=download,
-            pretrained_hf=False,
-            force_quick_gelu=bool(published.get("quick_gelu")),  # plain ViT-L-14 does not say it
-            force_preprocess_cfg=published,  # of which it takes mean, std and how to resize
-        )
-    except Exception as error:  # open_clip, the hub and the network each raise their own
-        raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
-                        f"its weights {backbone.pretrained!r} where there is a network, and name "
-                        "the local file") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@lru_cache
-def make_tokenizer(model):
-    """open_clip's text tokenizer, made when there is text: SigLIP's comes from the hub."""
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            about = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
+        raise UserError(message) from None
+    if SEAL not in about:
+        return tensors, {}
     try:
-        return open_clip.get_tokenizer(model)
-    except Exception as error:  # as in create_clip
-        raise UserError(f"open_clip cannot make the text tokenizer of {model} "
-                        f"({first_line(error)}): it needs `pip install transformers` and, once, "
-                        "the network") from None
-
-
-def first_line(error):
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:150]
-
-
-def image_side(visual):
-    """The side of the square images that a visual tower takes, in pixels."""
-    side = visual.preprocess_cfg["size"]
-    return side if isinstance(side, int) else side[0]
-
-
-# ---- reading weights, running nothing ----
-
-# A name that every CLIP has, in open_clip's or HuggingFace's format, behind any prefix.
-PATCHES = re.compile(r"((?:.*?\.)??)(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
-                     r"(?:vision_model\.)?embeddings\.patch_embedding)\.weight")
-# Not weights: masks, positions, and the three integers in OpenAI's archives.
-IGNORED = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
-
-
-def load_clip_file(name, backbone, path):
-    """A CLIP with the weights of a local file or folder."""
-    what = f"CLIP weights for {backbone.model}"
-    tensors = {}
-    for file in find_files(path):
-        tensors.update(read_tensors(file, what))
-    tensors = unwrap(tensors, path, what)
-    if "vision_model.embeddings.patch_embedding.weight" in tensors:
-        return load_hf(name, backbone, tensors, path, what)
-    clip = create_clip(backbone)
-    for key, target in clip.state_dict().items():
-        if key.startswith("logit_") and getattr(tensors.get(key), "shape", None) == (1,):
-            tensors[key] = tensors[key].reshape(target.shape)  # as older files have it
-    return load_strictly(clip, tensors, path, what)
-
-
-def unwrap(tensors, path, what):
-    """The tensors of the one CLIP among these, without the prefix that all of its names have."""
-    found = [match for name in tensors if (match := PATCHES.fullmatch(name))]
-    if len(found) > 1:
-        names = " and ".join(match[0] for match in found[:2])
-        raise UserError(f"{what}: {path} holds several CLIPs ({names}): save one alone")
-    prefix, patches = found[0].groups() if found else ("", "")
-    # transformers 5 saves a vision tower alone without its name.
-    tower = "vision_model." if patches.startswith("embeddings") else ""
-    inside = [name for name in tensors if name.startswith(prefix)]
-    if len(inside) < len(tensors):
-        print(f"{what}: {path} holds the CLIP behind {prefix!r}, and "
-              f"{len(tensors) - len(inside)} tensors elsewhere are left out", file=sys.stderr)
-    return {tower + name.removeprefix(prefix): tensors[name] for name in inside
-            if name.rpartition(".")[2] not in IGNORED}
-
-
-def find_files(path):
-    """The files that hold the weights: `path` itself, or those of a folder of HuggingFace's."""
-    path = os.fspath(path)
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
-        raise UserError(f"CLIP weights not found at {path!r}: name a file or a HuggingFace folder")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
-        if os.path.isfile(file):
-            return [file]
-        if os.path.isfile(f"{file}.index.json"):
-            shards = read_json(f"{file}.index.json", "weight_map").values()
-            names = sorted({os.path.basename(str(shard)) for shard in shards})
-            return [os.path.join(path, name) for name in names]
-    raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
-                    "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
-
-
-def read_json(path, *keys):
-    """The object in a JSON file, or in it the first object under one of `keys`."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            content = next((content[key] for key in keys if content.get(key)), content)
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object")
-        return content
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
-
-
-def read_tensors(path, what):
-    """The tensors of one file, by name: safetensors, torch.save's, or OpenAI's own TorchScript."""
-    if path.endswith(".safetensors"):
-        return read_weights(path, what)[0]
-    if os.path.isfile(path) and is_openais(path):
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    return read_pickle(path, what)
-
-
-def is_openais(path):
-    """Whether OpenAI published this very file, by its SHA-256, which is a part of its address.
-
-    Loading a TorchScript archive runs code that is in it: no other one is loaded.
-    """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    models = open_clip.list_pretrained_models_by_tag("openai")
-    return any(digest in open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models)
+        seal = json.loads(about[SEAL])
+        whole = seal["crc32"] == checksum(tensors, seal["about"])
+    except (ValueError, KeyError, TypeError):  # the seal is what is damaged
+        whole = False
+    if not whole:
+        raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+    return tensors, seal["about"]
 
 
 # What may stand beside the weights in a checkpoint and does nothing when it is made. Of NumPy's
@@ -1167,295 +954,6 @@ def read_pickle(path, what):
     return {str(name): value for name, value in content.items()}
 
 
-# ---- HuggingFace's format ----
-
-HF_NAMES = [  # (open_clip's, HuggingFace's): replaced from top to bottom, for export and import
-    ("visual.trunk.",          "visual."),
-    ("visual.proj",            "visual_projection.weight"),
-    ("visual.norm",            "visual.post_layernorm"),
-    ("visual.",                "vision_model."),
-    ("text.text_projection.",  "text_model.head."),
-    ("text.text_projection",   "text_projection.weight"),
-    ("text.",                  "text_model."),
-    ("attn_pool.latent",       "head.probe"),
-    ("attn_pool.q.",           "head.attention.in_proj_"),  # one tensor there, two here
-    ("attn_pool.kv.",          "head.attention.in_proj_"),
-    ("attn_pool.proj",         "head.attention.out_proj"),
-    ("attn_pool.norm",         "head.layernorm"),
-    ("attn_pool.mlp",          "head.mlp"),
-    ("class_embedding",        "embeddings.class_embedding"),
-    ("token_embedding",        "embeddings.token_embedding"),
-    ("positional_embedding",   "embeddings.position_embedding.weight"),
-    ("pos_embed",              "embeddings.position_embedding.weight"),
-    ("conv1",                  "embeddings.patch_embedding"),
-    ("patch_embed.proj",       "embeddings.patch_embedding"),
-    ("ln_pre",                 "pre_layrnorm"),
-    ("ln_post",                "post_layernorm"),
-    ("ln_final",               "final_layer_norm"),
-    ("transformer.resblocks.", "encoder.layers."),
-    ("blocks.",                "encoder.layers."),
-    ("ln_1",                   "layer_norm1"),
-    (".norm1",                 ".layer_norm1"),
-    ("ln_2",                   "layer_norm2"),
-    (".norm2",                 ".layer_norm2"),
-    ("attn.in_proj_",          "self_attn.QKV_proj."),
-    ("attn.qkv.",              "self_attn.QKV_proj."),
-    ("attn.out_proj",          "self_attn.out_proj"),
-    ("attn.proj",              "self_attn.out_proj"),
-    ("mlp.c_fc",               "mlp.fc1"),
-    ("mlp.c_proj",             "mlp.fc2"),
-]
-PROJECTIONS = ("visual_projection.weight", "text_projection.weight")  # HuggingFace transposes them
-
-
-def hf_weights(clip):
-    """The weights of an open_clip CLIP or SigLIP under HuggingFace's names and in its shapes.
-
-    Each is a view of the clip's own tensor, so that export reads it and import writes it; but the
-    two that SigLIP's pooling head packs are copies.
-    """
-    weights = {}
-    for key, tensor in clip.state_dict().items():
-        top = key.partition(".")[0]
-        # open_clip's CLIP has its text tower's parts at the top.
-        name = key if top in ("visual", "text", "logit_scale", "logit_bias") else f"text.{key}"
-        for ours, theirs in HF_NAMES:
-            name = name.replace(ours, theirs)
-        if name in PROJECTIONS:
-            tensor = tensor.T
-        elif key == "visual.trunk.pos_embed":
-            tensor = tensor[0]
-        elif top.startswith("logit_") and is_siglip(clip):
-            tensor = tensor.reshape(1)
-        if "QKV" in name:  # one tensor here, three there
-            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-                weights[name.replace("QKV", letter)] = rows
-        elif name in weights:  # the pooling head's q comes first, then its k and v
-            weights[name] = torch.cat([weights[name], tensor])
-        else:
-            weights[name] = tensor
-    return weights
-
-
-def is_siglip(clip):
-    return isinstance(clip.visual, open_clip.timm_model.TimmModel)
-
-
-def load_hf(name, backbone, tensors, path, what):
-    """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
-    alone = not any(key.startswith("text_model.") for key in tensors)
-    try:
-        clip = create_clip(backbone, download=alone)
-    except UserError as error:
-        if not alone:
-            raise
-        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
-                        f"{name}'s, is not at hand: {error}") from None
-    check_export(name, clip)  # what transformers cannot hold is not in its files
-    weights = hf_weights(clip)
-    rest = {}
-    if alone:  # what the file lacks stays the backbone's own
-        rest = {key: own for key, own in weights.items()
-                if key not in tensors and not key.startswith("vision_model.")}
-    load_strictly(weights, tensors | rest, path, what)
-    if is_siglip(clip):
-        pool = clip.visual.trunk.attn_pool.state_dict()
-        for kind in ("weight", "bias"):
-            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
-            rows = len(packed) // 3
-            pool[f"q.{kind}"].copy_(packed[:rows])
-            pool[f"kv.{kind}"].copy_(packed[rows:])
-    check_config(name, clip, path, what, alone)
-    if alone:
-        more = " and visual projection" if PROJECTIONS[0] in rest else ""
-        print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
-              file=sys.stderr)
-    return clip
-
-
-HF_DEFAULTS = [  # what shows in no shape; transformers' values where a CLIP's, a SigLIP's is silent
-    ("config.json", "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    ("config.json", "vision_config", "layer_norm_eps", 1e-5, 1e-6),
-    ("config.json", "vision_config", "num_attention_heads", 12, 12),
-    ("config.json", "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    ("config.json", "text_config", "layer_norm_eps", 1e-5, 1e-6),
-    ("config.json", "text_config", "num_attention_heads", 8, 12),
-    ("preprocessor_config.json", "image", "image_mean", [*OPENAI_DATASET_MEAN], [0.5, 0.5, 0.5]),
-    ("preprocessor_config.json", "image", "image_std", [*OPENAI_DATASET_STD], [0.5, 0.5, 0.5]),
-]
-
-
-def check_config(name, clip, path, what, alone):
-    """Refuse weights if the JSON files beside them say other than what the backbone computes."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    ours = hf_config(clip) | {"image": hf_preprocessor(clip)}
-    kind = ours["model_type"]
-    note = ""
-    for file, part, key, of_clip, of_siglip in HF_DEFAULTS:
-        file = os.path.join(folder, file)
-        if not os.path.isfile(file) or (alone and part == "text_config"):
-            continue
-        said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
-        if not str(said.get("model_type", kind)).startswith(kind):
-            continue  # a larger program's
-        theirs = said.get(key, of_siglip if kind == "siglip" else of_clip)
-        value = ours[part][key]
-        if (kind, theirs, value) == ("siglip", "gelu_pytorch_tanh", "gelu"):
-            # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
-            note = f"{what}: {file} says {theirs}, and {name} computes {value}, which is close"
-        elif theirs != value:
-            raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} computes "
-                            f"{value!r}: choose another backbone")
-    if note:
-        print(note, file=sys.stderr)
-
-
-# What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
-# as open_clip has it for ViT-B-32, or for ViT-B-16-SigLIP.
-HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
-             "context_length", "norm_kwargs", "act_kwargs"}
-SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
-
-
-def check_export(name, clip):
-    """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
-    config = open_clip.get_model_config(find_backbone(name, random=True).model)
-    siglip = is_siglip(clip)
-    reference = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
-    varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        held = vars(kind(**reference[part]))
-        for key, value in vars(kind(**config[part])).items():
-            if value != held[key] and (key not in varies or isinstance(value, list)):
-                raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
-                                f"{value!r}, not {held[key]!r}): choose another backbone")
-
-
-def export_hf(clip, folder):
-    """Write a CLIP (LoRA merged) for transformers, if check_export takes it: CLIPModel,
-    CLIPVisionModel or SiglipModel `.from_pretrained(folder)` loads it. SigLIP's text tokenizer is
-    not in open_clip's package."""
-    config = hf_config(clip)
-    write_json(os.path.join(folder, "config.json"), config)
-    write_json(os.path.join(folder, "preprocessor_config.json"), hf_preprocessor(clip))
-    if not is_siglip(clip):
-        write_hf_tokenizer(folder, config["text_config"]["max_position_embeddings"])
-    weights = {name: tensor.cpu() for name, tensor in hf_weights(clip).items()}
-    write_tensors(os.path.join(folder, "model.safetensors"), weights, {"format": "pt"})
-
-
-def hf_config(clip):
-    """transformers' config.json for an open_clip CLIP or SigLIP, read off its modules."""
-    kind = "siglip" if is_siglip(clip) else "clip"
-    weights = hf_weights(clip)
-    visual, text = clip.visual, getattr(clip, "text", clip)
-    patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
-    positions = len(weights["text_model.embeddings.position_embedding.weight"])
-    config = {"model_type": kind, "torch_dtype": "float32"}
-    config["architectures"] = ["SiglipModel" if is_siglip(clip) else "CLIPModel"]
-    vision = hf_tower(visual.trunk.blocks if is_siglip(clip) else visual.transformer.resblocks)
-    vision |= {"model_type": f"{kind}_vision_model"}
-    vision |= {"image_size": image_side(visual), "patch_size": patch}
-    text = hf_tower(text.transformer.resblocks) | {"model_type": f"{kind}_text_model"}
-    text |= {"vocab_size": vocabulary, "max_position_embeddings": positions}
-    if is_siglip(clip):
-        text["projection_size"] = len(weights["text_model.head.weight"])
-    else:
-        text["bos_token_id"] = vocabulary - 2
-        text["eos_token_id"] = vocabulary - 1  # a wrong one would pool another position
-        for part in (config, vision, text):
-            part["projection_dim"] = len(weights["visual_projection.weight"])
-    return config | {"vision_config": vision, "text_config": text}
-
-
-ACTIVATIONS = {
-    "quick_gelu": open_clip.transformer.QuickGELU(),
-    "gelu": nn.GELU(),
-    "gelu_pytorch_tanh": nn.GELU("tanh"),
-}
-
-
-def hf_tower(blocks):
-    """What config.json says of a tower's transformer blocks."""
-    # timm's blocks and open_clip's begin with a norm, their MLPs with a linear layer and its GELU.
-    norm = next(blocks[0].children())
-    linear, gelu = list(blocks[0].mlp.children())[:2]
-    x = torch.linspace(-3, 3, 7)  # a GELU has many classes: its values tell which one it is
-    activation = next(name for name, other in ACTIVATIONS.items() if gelu(x).allclose(other(x)))
-    return {"hidden_size": linear.in_features, "intermediate_size": linear.out_features,
-            "num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads,
-            "layer_norm_eps": norm.eps, "attention_dropout": 0.0, "hidden_act": activation}
-
-
-def hf_preprocessor(clip):
-    """transformers' preprocessor_config.json: the clip's own resizing, mean and std."""
-    config, side = clip.visual.preprocess_cfg, image_side(clip.visual)
-    squash = config["resize_mode"] == "squash"
-    square = {"height": side, "width": side}
-    steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-    return dict.fromkeys(steps, True) | {
-        "image_processor_type": "SiglipImageProcessor" if is_siglip(clip) else "CLIPImageProcessor",
-        "size": square if squash else {"shortest_edge": side},
-        "resample": {"bicubic": 3, "bilinear": 2}[config["interpolation"]],  # Pillow's numbers
-        "do_center_crop": not squash, "crop_size": square, "rescale_factor": 1 / 255,
-        "image_mean": list(config["mean"]), "image_std": list(config["std"]),
-    }
-
-
-def write_hf_tokenizer(folder, context_length):
-    """CLIP's text tokenizer for transformers."""
-    tokenizer = open_clip.SimpleTokenizer()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    renamed = {"<start_of_text>": start, "<end_of_text>": end}
-    vocabulary = {renamed.get(token, token): i for token, i in tokenizer.encoder.items()}
-    merges = ["#version: 0.2"] + [" ".join(pair) for pair in tokenizer.bpe_ranks]
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
-    config |= {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    write_json(os.path.join(folder, "vocab.json"), vocabulary)
-    write_text(os.path.join(folder, "merges.txt"), "\n".join(merges) + "\n")
-    write_json(os.path.join(folder, "tokenizer_config.json"), config)
-
-
-# --------------------------------------------- what all programs share: mistakes, files, commands
-
-class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: what, where, what to do."""
-
-
-SEAL = "genhancer"  # the entry of a file's metadata with its checksum and what is said about it
-
-
-def read_weights(path, what, hint=""):
-    """The tensors of a safetensors file by name, and what is said about them: two dictionaries.
-
-    The tensors are views of the file: they take no memory that the system could not take back.
-    Raises UserError with `what`, the path and the `hint` if there is no such file, a part of it, or
-    if write_weights wrote it and it is damaged.
-    """
-    advice = f": {hint}" if hint else ""
-    if not os.path.isfile(path):
-        raise UserError(f"{what} not found at '{path}' (not a file){advice}")
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            about = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        message = f"{what}: {path} is not a complete safetensors file ({error}){advice}"
-        raise UserError(message) from None
-    if SEAL not in about:
-        return tensors, about
-    try:
-        seal = json.loads(about[SEAL])
-        whole = seal["crc32"] == checksum(tensors, seal["about"])
-    except (ValueError, KeyError, TypeError):  # the seal is what is damaged
-        whole = False
-    if not whole:
-        raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
-    return tensors, seal["about"]
-
-
 def write_weights(path, tensors, about=None):
     """Write tensors as safetensors, with what is said `about` them and a checksum of both.
 
@@ -1479,49 +977,29 @@ def checksum(tensors, about=None):
 def load_strictly(module, tensors, path, what):
     """Copy tensors, by name, into a module, or into a mapping from name to tensor; return that.
 
-    Every name and shape must fit, and every value must be a finite floating-point number; else
-    UserError, which names `what`, the path and what does not fit.
+    Every name, shape and kind must fit, and every value must be finite; else UserError with `what`,
+    the path, and the first name that does not fit.
     """
     targets = module.state_dict() if isinstance(module, nn.Module) else module
-    misfits = find_misfits(targets, tensors)
-    if misfits:
-        raise UserError(f"{what}: {path} does not fit: {misfits}")
+    for name in sorted(targets.keys() | tensors.keys()):
+        needed, found = describe(targets.get(name)), describe(tensors.get(name))
+        if needed != found:
+            raise UserError(f"{what}: {path} does not fit: {name} must be {needed}, not {found}")
     for name, target in targets.items():
         target.copy_(tensors[name])
-        smallest, largest = target.aminmax()  # NaN if any value is
-        if not (smallest.isfinite() and largest.isfinite()):
+        if not target.isfinite().all():
             raise UserError(f"{what}: {path} holds values in {name} that are not finite")
     return module
 
 
-def find_misfits(expected, tensors):
-    """Where the names, shapes and kinds of `tensors` differ from those expected: "" if nowhere."""
-    faults = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "misshapen": [],
-        "without floating-point values": [],
-    }
-    for name in [name for name in expected if name in tensors]:
-        value = tensors[name]
-        if not holds_floats(value):
-            faults["without floating-point values"].append(name)
-        elif value.shape != expected[name].shape:
-            shapes = f"{tuple(value.shape)} for {tuple(expected[name].shape)}"
-            faults["misshapen"].append(f"{name} {shapes}")
-    lines = []
-    for fault, names in faults.items():
-        if names:
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            lines.append(f"{fault} {', '.join(names[:2])}{more}")
-    return "; ".join(lines)
-
-
-def holds_floats(value):
-    """Whether this is an ordinary tensor with floating-point numbers in it."""
+def describe(value):
+    """What load_strictly compares of two values: the shape, and the type of what is no float."""
+    if value is None:
+        return "absent"
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    return value.is_floating_point() and value.numel() > 0
+        return "no ordinary tensor"
+    kind = "" if value.is_floating_point() else f" of {value.dtype}"
+    return f"{list(value.shape)}{kind}"
 
 
 def check_writable(path):
@@ -1578,6 +1056,19 @@ def write_tensors(path, tensors, metadata):
     write_file(path, lambda part: save_file(tensors, part, metadata))
 
 
+def read_json(path, *keys):
+    """The object in a JSON file, or in it the first object under one of `keys`."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            content = next((content[key] for key in keys if content.get(key)), content)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
+
+
 def number(kind, low, high=sys.float_info.max):
     """An argparse type: a finite number of `kind` in [low, high]."""
     def parse(text):
@@ -1620,6 +1111,11 @@ def run_command(program, run, argv=None):
         message = str(error).rpartition("UserError: ")[2].strip()
         tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar
         sys.exit(2)
+
+
+def first_line(error):
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:150]
 
 
 def escape(text):

@@ -52,16 +52,21 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from eval_mmvp import (
+    BACKBONES,
     IMAGE_FORMATS,
+    TOY,
     check_benchmark,
+    check_export,
     check_zeroshot,
     evaluate,
+    export_hf,
+    find_backbone,
+    load_clip,
+    make_tokenizer,
     print_table,
     summary,
 )
 from genhancer import (
-    BACKBONES,
-    TOY,
     Continuous,
     Discrete,
     Flux,
@@ -70,15 +75,10 @@ from genhancer import (
     Perceiver,
     PerceiverConfig,
     UserError,
-    check_export,
     checksum,
-    export_hf,
-    find_backbone,
     image_side,
     inject_lora,
-    load_clip,
     load_strictly,
-    make_tokenizer,
     merge_lora,
     nonempty,
     number,
@@ -140,7 +140,7 @@ def add_run(add):
     add("stage", None, "all: 1, 2, and the benchmark (default: all; bench: 1)",
         choices=["1", "2", "e2e", "all"])
     add("denoiser", "rf", "continuous or discrete", choices=["rf", "perceiver"])
-    # A new backbone is a row of BACKBONES in genhancer.py, or any MODEL:TAG that open_clip lists.
+    # A new backbone is a row of BACKBONES in eval_mmvp.py, or any MODEL:TAG that open_clip lists.
     add("backbone", "openai-l14-224", f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG",
         type=nonempty)
     add("clip-weights", None, "CLIP's file or HuggingFace folder; else downloaded", type=nonempty)
@@ -542,7 +542,6 @@ def build_model(s, pretrained, device):
     if s.grad_checkpoint:
         recompute_blocks(core, True)
     if s.compile:
-        warnings.filterwarnings("ignore", ".*lru_cache.*")  # Dynamo traces what it holds: harmless
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
     # Stage 1: freezes CLIP. Stages 2 and e2e: injects LoRA.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genhancer import UserError, holds_floats, load_strictly, read_weights
+from genhancer import load_strictly, read_weights
 
 
 @dataclass
@@ -65,28 +65,18 @@ class AutoEncoder(nn.Module):
 
 
 def load_vae(path):
-    """FLUX.1's autoencoder, or one of its layout at any size: float32, eval, frozen.
+    """The autoencoder of a safetensors file: float32, eval, frozen.
 
-    `path` is a safetensors file. The configuration is read off its tensors; scale_factor and
-    shift_factor are read off its metadata, and are FLUX.1's where that holds none.
-    Raises UserError if the file is missing, damaged or holds anything else.
+    It is FLUX.1's, unless write_weights was told of another configuration ("vae").
+    UserError if the file is missing or damaged, or does not fit.
     """
-    what = "VAE weights"
     hint = "download ae.safetensors of FLUX.1 and name it with --vae"
-    tensors, metadata = read_weights(path, what, hint)
-    if any(name.startswith("quantize.") for name in tensors):
-        raise UserError(f"{what}: {path} holds a VQ-GAN, which --vqgan takes: {hint}")
-    if any(name.startswith("encoder.down_blocks.") for name in tensors):
-        raise UserError(f"{what}: {path} has diffusers' layout, which is not read: {hint}")
-    try:
-        config = AutoEncoderConfig(**read_layout(tensors), **read_scaling(metadata))
-    except ValueError as error:
-        misfit = f"{path} does not have the layout of FLUX.1's autoencoder: {error}"
-        raise UserError(f"{what}: {misfit}: {hint}") from None
+    tensors, about = read_weights(path, "VAE weights", hint)
     with torch.device("meta"):
-        vae = AutoEncoder(config)
+        vae = AutoEncoder(AutoEncoderConfig(**about.get("vae", {})))
     vae.to_empty(device="cpu")
-    return load_strictly(vae, tensors, path, what).eval().requires_grad_(False)
+    load_strictly(vae, tensors, path, f"VAE weights ({hint})")
+    return vae.eval().requires_grad_(False)
 
 
 class Encoder(nn.Module):
@@ -225,60 +215,3 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def read_layout(tensors):
-    """The configuration that the tensors of an Encoder and a Decoder show, as keyword arguments.
-
-    Raises ValueError if one of them is missing, or if no network has such a layout.
-    """
-    ch, in_channels = read_shape(tensors, "encoder.conv_in.weight", 4)[:2]
-    z_channels = read_shape(tensors, "decoder.conv_in.weight", 4)[1]
-    out_ch = read_shape(tensors, "decoder.conv_out.weight", 4)[0]
-    if (in_channels, out_ch) != (3, 3):
-        raise ValueError(f"its images have {in_channels} and {out_ch} channels, where 3 are needed")
-
-    block = "decoder.up.{}.block.{}.conv1.weight"
-    widths = [read_shape(tensors, block.format(0, 0), 4)[0]]
-    while block.format(len(widths), 0) in tensors:
-        widths.append(read_shape(tensors, block.format(len(widths), 0), 4)[0])
-    num_res_blocks = 0  # the encoder's: the decoder has one more, so that an encoder may have none
-    while block.format(0, num_res_blocks + 1) in tensors:
-        num_res_blocks += 1
-    for width in [ch, *widths]:
-        if width % 32 or width % ch:
-            raise ValueError(f"{width} channels, where a multiple of 32 and of {ch} is needed")
-    return dict(
-        ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=num_res_blocks,
-        z_channels=z_channels,
-    )
-
-
-def read_shape(tensors, name, dimensions):
-    """The shape of a tensor that must be there; else ValueError."""
-    if name not in tensors:
-        raise ValueError(f"missing {name}, first name {min(tensors, default='none')}")
-    if not holds_floats(tensors[name]):
-        raise ValueError(f"{name} holds no floating-point numbers")
-    shape = tensors[name].shape
-    if len(shape) != dimensions:
-        raise ValueError(f"{name} has {len(shape)} dimensions, where {dimensions} are needed")
-    return shape
-
-
-def read_scaling(metadata):
-    """scale_factor and shift_factor, where the metadata holds them, as keyword arguments."""
-    scaling = {}
-    for name, smallest in (("scale_factor", 1e-6), ("shift_factor", 0)):
-        if name not in metadata:
-            continue
-        try:
-            value = float(metadata[name])
-        except ValueError:
-            value = float("nan")
-        if not smallest <= abs(value) <= 1e6:  # also where it is not a number
-            raise ValueError(f"{name} {metadata[name]!r} in its metadata cannot scale latents")
-        scaling[name] = value
-    return scaling

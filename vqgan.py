@@ -22,7 +22,7 @@ from genhancer import (
     run_command,
     write_weights,
 )
-from vae import Decoder, Encoder, read_layout, read_shape
+from vae import Decoder, Encoder
 
 
 @dataclass
@@ -89,33 +89,25 @@ class VectorQuantizer(nn.Module):
 
 
 def load_vqgan(path):
-    """taming's VQ-GAN at any size: float32, eval, frozen.
+    """The VQ-GAN of a safetensors file: float32, eval, frozen.
 
-    `path` is a safetensors file. The configuration is read off its tensors; those of the training
-    loss (`loss.*`) are left out.
-    Raises UserError if the file is missing, damaged or holds anything else.
+    It is taming's f16 model, with as many codes as the file holds, unless write_weights was told of
+    another configuration ("vqgan"). UserError if the file is missing or damaged, or does not fit.
     """
     convert = "convert it with `python vqgan.py last.ckpt vqgan.safetensors`"
     hint = f"download taming's vqgan_imagenet_f16, {convert}, and name it with --vqgan"
-    tensors, _ = read_weights(path, "VQ-GAN weights", hint)
+    tensors, about = read_weights(path, "VQ-GAN weights", hint)
+    return build_vqgan(tensors, about.get("vqgan"), path, f"VQ-GAN weights ({hint})")
+
+
+def build_vqgan(tensors, config, path, what):
+    """A VQGAN with these values; without a config, taming's with as many codes as there are."""
     tensors = {name: tensors[name] for name in tensors if not name.startswith("loss.")}
-    return build_vqgan(tensors, path, "VQ-GAN weights", hint)
-
-
-def build_vqgan(tensors, path, what, hint):
-    """A VQGAN of the layout that the tensors show, with their values."""
-    try:
-        layout = read_layout(tensors)
-        n_embed, embed_dim = read_shape(tensors, "quantize.embedding.weight", 2)
-    except ValueError as error:
-        misfit = f"{path} does not have the layout of taming's VQ-GAN: {error}"
-        raise UserError(f"{what}: {misfit}: {hint}") from None
-    levels = range(len(layout["ch_mult"]))
-    attention = [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors]
-    sides = tuple(VQGANConfig.resolution // 2**i for i in attention)
-    config = VQGANConfig(**layout, attn_resolutions=sides, n_embed=n_embed, embed_dim=embed_dim)
+    if config is None:
+        codes = getattr(tensors.get("quantize.embedding.weight"), "shape", None)
+        config = {"n_embed": codes[0]} if codes else {}
     with torch.device("meta"):
-        vqgan = VQGAN(config)
+        vqgan = VQGAN(VQGANConfig(**config))
     vqgan.to_empty(device="cpu")
     return load_strictly(vqgan, tensors, path, what).eval().requires_grad_(False)
 
@@ -129,10 +121,7 @@ def convert(source, target):
     state = read_pickle(source, what)
     if os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"{what}: {source} is both input and output: name another output")
-    tensors = {name: state[name] for name in state if not name.startswith("loss.")}
-    build_vqgan(tensors, source, what, "give last.ckpt of taming's vqgan_imagenet_f16")
-    # safetensors takes no views: each tensor gets memory of its own.
-    tensors = {name: value.clone() for name, value in tensors.items()}
+    tensors = build_vqgan(state, None, source, what).state_dict()
     write_weights(target, tensors)
     parameters = sum(value.numel() for value in tensors.values())
     print(f"{os.fspath(target)!r}: {len(tensors)} tensors, {parameters:,} parameters")

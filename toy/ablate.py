@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
-from eval_mmvp import evaluate
-from genhancer import Parser, UserError, load_clip, read_json, run_command, write_text
+from eval_mmvp import evaluate, load_clip
+from genhancer import Parser, UserError, read_json, run_command, write_text
 from toy.make_toy import draw_world, write_benchmark, write_classes
 
 # ---- The design ----------------------------------------------------------------------------------

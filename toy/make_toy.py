@@ -25,6 +25,7 @@ import multiprocessing
 import signal
 import tarfile
 import tempfile
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -590,8 +591,9 @@ def train_vae(path, steps):
         z = torch.cat([vae.encode(scale(x)) for x in train[:2048].split(64)])
         quality = psnr(held_out, vae)
     print(f"PSNR on held-out images: {quality:.2f} dB")
-    about = {"scale_factor": f"{1 / z.std():.4f}", "shift_factor": f"{z.mean():.4f}"}
-    save(vae, path, about)
+    config.scale_factor = round(1 / z.std().item(), 4)
+    config.shift_factor = round(z.mean().item(), 4)
+    save(vae, path, {"vae": asdict(config)})
 
 
 def train_vqgan(path, steps):
@@ -636,7 +638,7 @@ def train_vqgan(path, steps):
         quality = psnr(held_out, vqgan)
     used = len(torch.cat(indices).unique())
     print(f"PSNR on held-out images: {quality:.2f} dB; {used} of {len(codebook)} codes used")
-    save(vqgan, path)
+    save(vqgan, path, {"vqgan": asdict(config)})
 
 
 def reseed(codebook, uses, z):
