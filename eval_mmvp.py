@@ -45,7 +45,6 @@ from genhancer import (
     first_line,
     image_side,
     load_strictly,
-    nonempty,
     number,
     read_json,
     read_pickle,
@@ -1034,18 +1033,18 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--preset", choices=["paper", "toy"], default="paper",
         help="toy: the CLIP, the benchmark and the zero-shot task of toy/")
-    add("--backbone", type=nonempty, default="openai-l14-224",
+    add("--backbone", default="openai-l14-224",
         help=f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG (default: %(default)s)")
-    add("--weights", type=nonempty, metavar="FILE|FOLDER",
+    add("--weights", metavar="FILE|FOLDER",
         help="the CLIP to evaluate (default: the backbone's original)")
-    add("--baseline", type=nonempty, metavar="FILE|FOLDER|original",
+    add("--baseline", metavar="FILE|FOLDER|original",
         help="the CLIP to compare it with")
-    add("--benchmark", type=nonempty, metavar="DIR", help="MMVP_VLM's folder, or one of its layout")
+    add("--benchmark", metavar="DIR", help="MMVP_VLM's folder, or one of its layout")
     add("--zeroshot", type=zeroshot_task, metavar="NAME:PATH", nargs="+", default=[],
         help="; ".join(f"{name}: {what}" for name, what in ZEROSHOT.items()))
-    add("--json", type=nonempty, metavar="FILE",
+    add("--json", metavar="FILE",
         help="write the table, and every pair's scores and verdicts")
-    add("--picture", type=nonempty, metavar="FILE",
+    add("--picture", metavar="FILE",
         help="draw the pairs whose verdict changed (PNG; needs --benchmark and --baseline)")
     add("--batch-size", type=number(int, 1, 100_000), default=64, help="1 to 100000 (default: 64)")
     typed, _ = parser.parse_known_args(argv)

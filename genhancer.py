@@ -19,6 +19,7 @@ learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage i
 are the optimizer and its settings (App. B).
 """
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -1028,7 +1029,8 @@ def write_file(path, write):
         open(part, "wb").close()
         permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
         write(part)
-        os.chmod(part, permissions)
+        with contextlib.suppress(OSError):  # some file systems, as of buckets, have no permissions
+            os.chmod(part, permissions)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1081,15 +1083,15 @@ def number(kind, low, high=sys.float_info.max):
     return parse
 
 
-def nonempty(text):
-    """An argparse type: any text but the empty one."""
-    if not text:
-        raise argparse.ArgumentTypeError("the value is empty: give one, or leave the option out")
-    return text
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError, so that a mistake in the usage is one line."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"argument {word[:-1] or before}: the value is empty")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists all options)")
@@ -1103,6 +1105,8 @@ def run_command(program, run, argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036 (pip may install for an older one)
+            raise UserError(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}")
         run(argv)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)

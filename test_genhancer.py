@@ -5,6 +5,7 @@ closed forms, the benchmark's own protocol written out pair by pair, a second pr
 round trip.
 """
 import argparse
+import ast
 import copy
 import csv
 import dataclasses
@@ -23,9 +24,11 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -592,6 +595,12 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
         os.umask(before)
     for file in tmp_path.iterdir():
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_file_system_without_permissions_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", fails(PermissionError(1, "Operation not permitted")))
+    gh.write_json(tmp_path / "it.json", {"a": 1})
+    assert json.loads((tmp_path / "it.json").read_text()) == {"a": 1}
 
 
 def test_what_is_not_synced_is_not_moved_into_place_and_leaves_nothing(tmp_path, monkeypatch):
@@ -2033,6 +2042,13 @@ def lying_photo():
     return image
 
 
+def broken_exif():
+    """Its orientation cannot be read; the image can."""
+    image = red("RGB")
+    image.info["exif"] = b"Exif\0\0MM\0*"
+    return image
+
+
 @pytest.mark.parametrize("image, expected", [
     (red("RGB"), RED),
     (red("CMYK"), RED),
@@ -2045,6 +2061,7 @@ def lying_photo():
     (grey(60_000, np.uint16), (234, 234, 234)),
     (grey(60_000, ">u2"), (234, 234, 234)),
     (grey(200, np.uint16), (0, 0, 0)),  # of 65,535
+    (broken_exif(), RED),
 ])
 def test_any_image_becomes_upright_rgb_on_white(image, expected):
     converted = train.to_rgb(image)
@@ -2054,7 +2071,8 @@ def test_any_image_becomes_upright_rgb_on_white(image, expected):
 
 def open_images(paths, tmp_path, side=16):
     index = str(tmp_path / "index.safetensors")
-    return train.open_images([str(path) for path in paths], side, index)
+    train.make_index([str(path) for path in paths], index)
+    return train.Images(index, side)
 
 
 def save_and_open(image, path, side):
@@ -2097,6 +2115,17 @@ def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
     spans = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2] / 255
     areas = spans.prod(1)
     assert 0.86 < areas.min() < 0.9 < areas.median() < areas.max() <= 1
+
+
+@pytest.mark.parametrize("size, kept", [((300, 200), 8 / 9), ((320, 180), 3 / 4)])
+def test_a_wide_image_has_one_crop_the_central_of_4_to_3(tmp_path, size, kept):
+    """As in the official code: no crop of nine tenths has a ratio of 4:3 or less."""
+    ramp = np.indices(size[::-1])[1] * 255 // (size[0] - 1)
+    data = save_and_open(Image.fromarray(ramp.astype(np.uint8)), tmp_path / "a.png", 64)
+    crops = data[0, 0, 0, 8 * [0]][0].float()
+    assert (crops == crops[0]).all()
+    assert (crops.max() - crops.min()) / 255 == pytest.approx(kept, abs=0.02)
+    assert crops.max() + crops.min() == pytest.approx(255, abs=2)
 
 
 def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypatch):
@@ -2241,9 +2270,8 @@ def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path, da
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda shard: os.utime(shard, ns=(1, 1)), "not what it was when the run began"),
-    (lambda shard: os.truncate(shard, 2000), "not what it was when the run began"),
-    (os.remove, "can no longer be read (No such file"),
+    (lambda shard: os.truncate(shard, 2000), "has another size than when it was indexed"),
+    (os.remove, "cannot be read (No such file"),
 ])
 def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, change, says):
     data = open_images([shard], tmp_path)
@@ -2251,11 +2279,20 @@ def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, c
     refused(lambda _: data.load(5), shard, says)
 
 
+def test_a_copy_of_a_shard_on_another_disk_is_the_same_shard(shard, tmp_path):
+    """As on another node: of another time, that is."""
+    data = open_images([shard], tmp_path)
+    image, _ = data.load(5, augment=False)
+    os.utime(shard, ns=(1, 1))
+    assert torch.equal(data.load(5, augment=False)[0], image)
+
+
 def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     """Below it and behind links, in each folder once; no FIFO or device, which have no end."""
     data, disk = tmp_path / "data", tmp_path / "disk"
     images = ["10481_3355970027", "a.JPG", "deeper/a.webp", "linked/far/a.png"]
-    others = [".a.jpg", ".trash/a.jpg", "a.txt", "a.jfif", "b.AVIF", "c.heic"]
+    others = ["a.svg", "b.AVIF", "c.heic", "d.tar.gz", "e.zip", "f.parquet"]
+    unseen = [".a.jpg", ".trash/a.jpg", "a.txt", "a.JSON"]
     (disk / "far").mkdir(parents=True)
     data.mkdir()
     os.symlink(disk, data / "linked")
@@ -2263,16 +2300,33 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     os.symlink(data, disk / "loop")
     os.symlink("/dev/zero", data / "device.png")
     os.mkfifo(data / "fifo.png")
-    for name in images + others:
+    for name in images + others + unseen:
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).touch()
     assert train.find_images([str(data)]) == ([], [f"{data}/{name}" for name in images])
-    assert "data: 3 files of other kinds" in capsys.readouterr().out
+    assert f"data: 6 files that are neither images nor .tar are left out, {data}/a.svg among" in (
+        capsys.readouterr().out)
     (data / "0.tar").touch()
     refused(lambda path: train.find_images([str(path)]), data, "1 tar shards and 3 images", "alone")
     for name in images[1:]:
-        (data / name).unlink()  # beside shards, a file without a suffix is no image
+        (data / name).unlink()
+    # Beside shards, a file without a suffix is no image, and Parquet of the same name is metadata.
+    (data / "f.parquet").rename(data / "0.parquet")
     assert train.find_images([str(data)]) == ([f"{data}/0.tar"], [])
+    assert "data: 6 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.zip", "0.parquet"])
+def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).touch()
+    ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
+    refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
+
+
+def test_indexing_shows_no_progress_bar_without_a_terminal(shard, tmp_path, capsys):
+    save_and_open(red("RGB"), tmp_path / "a.png", 8)
+    open_images([shard], tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monkeypatch):
@@ -2362,6 +2416,9 @@ def built(world, out, *more):
     return s, train.build_model(s, train.load_pretrained(s), torch.device("cpu"))
 
 
+VISUAL = types.SimpleNamespace(preprocess_cfg={"size": 8})  # all that a Stub needs of a tower
+
+
 class Stub(nn.Module):
     """Stands in for GenHancer where the model does not matter: it trains in no time."""
 
@@ -2384,8 +2441,7 @@ class Stub(nn.Module):
 
 def train_stub(world, out, *more):
     """Run stage 1 with a Stub for a model, and return its folder."""
-    visual = types.SimpleNamespace(preprocess_cfg={"size": 8})
-    pretrained = train.Pretrained(visual, None, {}, {"CLIP": 1})
+    pretrained = train.Pretrained(VISUAL, None, {}, {"CLIP": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_pretrained", lambda s: pretrained)
         patch.setattr(train, "build_model", lambda *_: Stub())
@@ -2444,7 +2500,8 @@ def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_clip", loaded)
     monkeypatch.setattr(train, "evaluate", lambda it, *_: dict.fromkeys((*shown, "more"), it))
     monkeypatch.setattr(train, "print_table", lambda *_: None)
-    train.compare(settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original"), None)
+    s = settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original")
+    train.evaluate_before_and_after(s, None)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["before"] == dict.fromkeys(shown, "original")
     assert result["after"] == dict.fromkeys(shown, str(tmp_path / "clip.safetensors"))
@@ -2481,7 +2538,7 @@ def test_compile_changes_no_loss_and_leaves_pictures_alone(world, tmp_path, monk
     """A process on a GPU is not forked: it does not have this backend, and compiles by inductor."""
     def backend(graph, _):
         callers = {frame.name for frame in traceback.extract_stack()}
-        print("a graph of", "look" if "look" in callers else "training")
+        print("a graph of", "other" if callers & {"write_samples", "validate"} else "training")
         return graph
 
     compile_module = nn.Module.compile
@@ -2491,7 +2548,7 @@ def test_compile_changes_no_loss_and_leaves_pictures_alone(world, tmp_path, monk
         in_a_process(tmp_path / "said", train.main, argv, device=device).join()
     assert_close_logs(tmp_path / "plain" / "stage1", tmp_path / "compiled" / "stage1")
     if device == "cpu":
-        graphs = re.findall("a graph of (look|training)", (tmp_path / "said").read_text())
+        graphs = re.findall("a graph of (other|training)", (tmp_path / "said").read_text())
         assert set(graphs) == {"training"}
 
 
@@ -2539,12 +2596,13 @@ def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
     assert all(p.requires_grad for p in model.visual.parameters())
     perturb(model.visual)
     weights = model.state_dict()
-    clip = train.trained_clip(s, weights)
+    clip = train.build_enhanced_clip(s, weights)
     assert_same_weights(clip.visual, model.visual)
     original = load_file(world / "tiny-clip.safetensors")
     assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
     del weights["visual.proj"]
-    refused(lambda _: train.trained_clip(s, weights), "visual.proj must be [64, 32], not absent")
+    says = "visual.proj must be [64, 32], not absent"
+    refused(lambda _: train.build_enhanced_clip(s, weights), says)
 
 
 def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
@@ -2626,8 +2684,8 @@ def test_what_is_due_after_a_step():
         14: last,
     }
     for step, expected in due.items():
-        assert train.find_due(settings(*every, "--stage", 2), step, 14) == expected
-        assert train.find_due(settings(*every), step, 14) == expected - {"export"}
+        assert train.list_due(settings(*every, "--stage", 2), step, 14) == expected
+        assert train.list_due(settings(*every), step, 14) == expected - {"export"}
 
 
 def test_a_row_of_the_log_is_made_of_means(tmp_path):
@@ -2657,13 +2715,13 @@ class Differs(Stub):
         return (images - condition_images).mean((1, 2, 3)).abs(), None
 
 
-def test_a_heldout_loss_is_the_mean_over_all_heldout_images(tmp_path):
+def test_a_validation_loss_is_the_mean_over_all_images(tmp_path):
     """With the right [CLS] and with that of the image before; in micro-batches of uneven sizes."""
     means = torch.tensor([10, 20, 50, 90, 255])
-    heldout = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
-    s = settings("--batch-size", 2, "--precision", "fp32", "--val", "it", "--out", tmp_path)
+    images = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    s = settings("--batch-size", 2, "--precision", "fp32", "--out", tmp_path)
     model = Differs()
-    losses = train.look(s, 1, model, heldout)
+    losses = train.validate(s, model, images)
     assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
     assert model.training
 
@@ -2800,7 +2858,7 @@ def test_files_of_a_run_have_the_permissions_of_any_other(stub_run, tmp_path):
 
 def test_training_goes_on_while_a_checkpoint_is_written(world, stub_run, tmp_path, monkeypatch):
     """That of step 4 waits for step 5, and is of step 4 all the same."""
-    write, find_due = train.write_weights, train.find_due
+    write, list_due = train.write_weights, train.list_due
     went_on = threading.Event()
 
     def late_write(path, *more):
@@ -2811,10 +2869,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, stub_run, tmp_pat
     def after_a_step(s, step, total):
         if step == 5:
             went_on.set()
-        return find_due(s, step, total)
+        return list_due(s, step, total)
 
     monkeypatch.setattr(train, "write_weights", late_write)
-    monkeypatch.setattr(train, "find_due", after_a_step)
+    monkeypatch.setattr(train, "list_due", after_a_step)
     train_stub(world, tmp_path)
     assert_same_run(stub_run, tmp_path, "stage1")
 
@@ -3022,12 +3080,11 @@ def test_more_than_a_tenth_of_enough_images_is_too_many(tmp_path, start, step, t
 # ------------------------------------------------------------------ machines
 
 def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
-    lock = train.lock_folder(settings("--out", tmp_path / "run"))
-    process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
-    process.join()
+    with train.lock_run_directory(settings("--out", tmp_path / "run")):
+        process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
+        process.join()
     assert process.exitcode == 2
     assert "is in use by another run" in one_line((tmp_path / "said").read_text())
-    lock.close()
     train_stub(world, tmp_path / "run")
 
 
@@ -3046,9 +3103,10 @@ def test_a_lone_variable_of_torchrun_is_one_line(monkeypatch, name):
     refused(lambda _: train.check_launch(), f"{name} is set", "torchrun")
 
 
-def test_an_out_that_a_node_does_not_see_is_one_line(shard, tmp_path, monkeypatch):
+def test_an_out_that_a_node_does_not_see_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RANK", 8)
-    refused(lambda path: open_images([shard], path), tmp_path, "rank 8", "that all nodes share")
+    s = settings("--out", tmp_path)
+    refused(lambda _: train.open_data(s, "data", 8), tmp_path, "rank 8", "that all nodes share")
 
 
 def test_windows_is_refused_in_one_line(tmp_path):
@@ -3062,6 +3120,15 @@ def test_windows_is_refused_in_one_line(tmp_path):
     assert process.exitcode == 2
     line = one_line((tmp_path / "said").read_text())
     assert all(system in line for system in ("Linux", "macOS", "WSL"))
+
+
+def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
+    for name in ("genhancer", "vae", "vqgan", "train", "eval_mmvp"):
+        with open(os.path.join(HERE, f"{name}.py"), encoding="utf-8") as file:
+            ast.parse(file.read(), feature_version=(3, 10))  # which must get as far as the line
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    status, line = command(capsys, lambda argv: None)
+    assert status == 2 and line.startswith("it.py: Python 3.11 or newer is needed")
 
 
 @pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
@@ -3099,7 +3166,7 @@ def in_two_processes(folder, works, device="cpu"):
 
 def train_e2e(world, out, *more):
     """Three steps end to end, without pictures, which take longer than the steps."""
-    train.look = lambda *_: None
+    train.write_samples = lambda *_: None
     typed = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
     train.main(arguments(world, out, *typed, *more))
 
@@ -3193,6 +3260,147 @@ def test_a_rank_that_dies_is_one_line(world, tmp_path):
     assert "this rank lost another rank" in one_line(said[0])
 
 
+def differ(world, out, mine, other):
+    """The line in which two ranks end, whose commands end in `mine` and in `other`."""
+    works = [(train_stub, world, out, *mine), (train_stub, world, out, *other)]
+    said, statuses = in_two_processes(out, works)
+    assert statuses == [2, 2], said
+    assert "Traceback" not in said[1] and "train.py: " not in said[1]
+    return one_line(said[0])
+
+
+def test_ranks_whose_commands_differ_end_in_one_line(world, tmp_path):
+    line = differ(world, tmp_path, ["--steps", 4], ["--steps", 4, "--lr", 0.1])
+    assert "lr is 0.0001 on rank 0, and 0.1 on rank 1" in line
+
+
+def test_ranks_whose_images_differ_end_in_one_line(world, tmp_path):
+    """Each has an --out of its own, and the second one's holds the index of an earlier run."""
+    (tmp_path / "other").mkdir()
+    index = str(tmp_path / "other" / "index-data.safetensors")
+    train.make_index([str(world / "data" / "00000.tar")], index)
+    line = differ(world, tmp_path, ["--out", tmp_path / "one"], ["--out", tmp_path / "other"])
+    assert re.search("data is 60 images, .* on rank 0, and 30 images, .* on rank 1", line)
+
+
+def test_paths_and_workers_may_differ_between_machines(world, tmp_path):
+    more = ["--workers", 1, "--data", shutil.copytree(world / "data", tmp_path / "copy")]
+    out = tmp_path / "run"
+    said, statuses = in_two_processes(
+        tmp_path, [(train_stub, world, out), (train_stub, world, out, *more)])
+    assert statuses == [0, 0], said
+
+
+@pytest.mark.parametrize("name, value", [
+    *[(name, "other") for name in vars(settings()) if name not in train.PER_MACHINE],
+    ("checksum of the CLIP", 2),
+    ("validation data", "8 images"),
+])
+def test_all_that_ranks_must_agree_on_is_compared(monkeypatch, name, value):
+    facts = train.describe_run(settings()) | {"checksum of the CLIP": 1, "validation data": None}
+
+    def gather(of_ranks, mine):
+        of_ranks[:] = [mine, mine, mine | {name: value}]
+
+    monkeypatch.setattr(train, "WORLD", 3)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    says = f"{name} is {facts[name]} on rank 0, and {value} on rank 2"
+    refused(lambda _: train.compare_ranks(facts), says)
+
+
+def evaluate_slowly(world, out):
+    """Train both stages in processes that wait two seconds for each other, and evaluate for six."""
+    connect = train.dist.init_process_group
+
+    def impatient(backend, timeout, device_id):
+        connect(backend, timeout=timeout / 900, device_id=device_id)
+
+    train.dist.init_process_group = impatient
+    train.evaluate_before_and_after = lambda *_: time.sleep(6) or print("evaluated")
+    train.load_pretrained = lambda s: train.Pretrained(VISUAL, None, {}, {})
+    train.build_model = lambda *_: Stub()
+    train.write_result = lambda *_: None
+    train.main(arguments(world, out, "--steps", 1, "--benchmark", world / "mmvp"))
+    print("left")
+
+
+def test_no_rank_leaves_before_rank_0_has_evaluated(mistaken, world, tmp_path):
+    said, statuses = in_two_processes(tmp_path, 2 * [(evaluate_slowly, world, tmp_path / "run")])
+    assert statuses == [0, 0], said
+    assert said[0].endswith("evaluated\nleft\n") and said[1].endswith("left\n")
+    times = [(tmp_path / f"said-{number}").stat().st_mtime for number in (0, 1)]
+    assert abs(times[0] - times[1]) < 4  # the second left when the first one did
+
+
+KILL_ONCE = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import train
+seed_draws = train.seed_draws
+def fatal(stream, *key):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and train.RANK == 1 and key[1] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seed_draws(stream, *key)
+train.seed_draws = fatal
+train.write_samples = lambda *_: None
+train.main()
+"""
+
+
+def test_a_killed_rank_comes_back_under_torchrun_and_the_run_ends_in_the_same_losses(
+        world, tmp_path):
+    """By the README's command for several nodes, here on one."""
+    (tmp_path / "kill_once.py").write_text(KILL_ONCE.format(here=HERE))
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        command = re.search("(TORCH_DISABLE.*) train.py", file.read())[1]
+    command = command.replace("--nnodes 2 --nproc_per_node 8", "--nnodes 1 --nproc_per_node 2")
+    command = command.replace("HOST:29500", "localhost:0")
+    vqgan = os.path.join(HERE, "toy", "vqgan.safetensors")
+    more = ("--stage", 1, "--vqgan", vqgan, "--backbone", "toy", "--clip-weights",
+            os.path.join(HERE, "toy", "clip.safetensors"), "--steps", 4)
+    typed = perceiver(world, tmp_path / "killed", *more, "--accum", 1)
+    line = f"{command} {tmp_path}/kill_once.py {shlex.join(typed)}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    train.main(perceiver(world, tmp_path / "whole", *more, "--accum", 2))
+    assert_close_logs(tmp_path / "killed" / "stage1", tmp_path / "whole" / "stage1")
+
+
+CONNECTIONS = [  # what keeps processes from each other, and what the line says
+    ({"MASTER_PORT": "TAKEN"}, "failed to listen"),
+    ({"GLOO_SOCKET_IFNAME": "nowhere0"}, "nowhere0"),
+]
+
+
+@pytest.mark.parametrize("variables, says", CONNECTIONS)
+def test_processes_that_cannot_connect_end_in_one_line(world, tmp_path, variables, says):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        values = {name: value.replace("TAKEN", port) for name, value in variables.items()}
+        process = in_a_process(tmp_path / "said", alone_under_torchrun, values, world, tmp_path)
+        process.join()
+    assert process.exitcode == 2
+    line = one_line((tmp_path / "said").read_text())
+    assert "rank 0 cannot connect to the others" in line and says in line
+
+
+def alone_under_torchrun(variables, world, out):
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | variables
+    importlib.reload(train)
+    train_stub(world, out)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere"))
+    with pytest.raises(UserError, match="--compile needs a C.. compiler"), train.explain_errors():
+        torch.compile(nn.Linear(2, 2))(torch.ones(1, 2))
+
+
 # ------------------------------------------------------------------ users' mistakes
 
 REFUSED_VALUES = {  # what is said of values that an option does not take
@@ -3239,7 +3447,7 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
     ("--data WORLD/tiny-clip.json", "no image and no .tar"),
-    ("--val nowhere --data WORLD/empty", "data not found at nowhere"),
+    ("--val nowhere", "data not found at nowhere"),
     ("--init nowhere", "FLUX's weights not found at 'nowhere'"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 first"),
@@ -3276,6 +3484,19 @@ def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path,
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: toy)
     s = settings(*arguments(world, tmp_path, "--backbone", "RN50-quickgelu:openai"))
     refused(lambda _: train.load_pretrained(s), "RN50-quickgelu:openai does not fit")
+
+
+@pytest.mark.parametrize("now, says", [([], None), (["--no-lora"], "no_lora was False, is True")])
+def test_an_option_that_an_older_version_lacked_had_its_default(
+        world, stopped, capsys, now, says):
+    path = stopped / "stage1" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["no_lora"]
+    path.write_text(json.dumps(settings))
+    if says:
+        assert says in refusal(capsys, train_stub, world, stopped, *now)
+    else:
+        train_stub(world, stopped)
 
 
 @pytest.mark.parametrize("typed, says", [
@@ -3967,9 +4188,9 @@ def train_for_a_step(world, out, monkeypatch, kind):
         monkeypatch.setattr(torch, "tensor", fails(AssertionError("it copies Python's numbers")))
         return iter(batches)
 
-    monkeypatch.setattr(train, "start_processes", lambda: torch.device("meta"))
+    monkeypatch.setattr(train, "start_processes", lambda: (torch.device("meta"), None))
     monkeypatch.setattr(train, "load_batches", load_then_watch)
-    monkeypatch.setattr(train, "find_due", fails(InterruptedError))
+    monkeypatch.setattr(train, "list_due", fails(InterruptedError))
     # PyTorch has no autocast for this device, and a fused AdamW only if it goes by this name.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "meta")
@@ -4126,7 +4347,7 @@ def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatc
 
     refused(run, "--steps 0", "at least 1")
     refused(run, "--seed -1", "0 or more")
-    refused(lambda out: make_toy.run(["--out", out]), "", "--out is empty")
+    refused(lambda out: make_toy.run(["--out", out]), "", "argument --out: the value is empty")
     (tmp_path / "file").write_text("")
     refused(lambda out: run(f"--out {out}"), tmp_path / "file", "cannot be written")
 

@@ -76,11 +76,11 @@ from genhancer import (
     PerceiverConfig,
     UserError,
     checksum,
+    first_line,
     image_side,
     inject_lora,
     load_strictly,
     merge_lora,
-    nonempty,
     number,
     read_json,
     read_weights,
@@ -103,106 +103,99 @@ LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 # ------------------------------------------------------------------------------------ settings
 
 COUNT = number(int, 1, 10**9)
-FEW = number(int, 1, 1024)
 SIZE = number(int, 1, 2**14)
-ABOVE_0 = sys.float_info.min  # the least of the ordinary positive numbers
-RATE = number(float, ABOVE_0)
+POSITIVE = number(float, sys.float_info.min)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every option's default, and the docstring as it is."""
 
 
 def make_parser():
-    """The command line. Its defaults are the paper's for stage 1 (Sec. 5.1, App. B) and, where it
-    is silent, the official code's; OVERRIDES says where others hold."""
-    parser = Parser(prog="train.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run(adder(parser, "what is run, on what"))
-    add_training(adder(parser, "how it is trained"))
-    add_method(adder(parser, "the method and its ablations"))
+    """The command line, with the paper's defaults for stage 1 (Sec. 5.1, App. B). Where the paper
+    is silent they are the official code's, except --warmup, --workers and the perceiver's size."""
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=HelpFormatter,
+                    parents=[choice_parser()])
+    add_run_options(parser.add_argument_group("inputs and outputs").add_argument)
+    add_training_options(parser.add_argument_group("training").add_argument)
+    add_method_options(parser.add_argument_group("the method and its ablations").add_argument)
     return parser
 
 
-def adder(parser, title):
-    """A function that adds an option to a group of this title; its help shows the default."""
-    group = parser.add_argument_group(title)
-
-    def add(flag, default, help, **form):
-        nothing = default is None or default is False or default == []
-        shown = "" if nothing else " (default: %(default)s)"
-        group.add_argument(f"--{flag}", default=default, help=help + shown, **form)
-
-    return add
-
-
-SWITCH = dict(default=False, action="store_true")
+def choice_parser():
+    """The options on which the defaults of the others depend."""
+    parser = Parser(add_help=False)
+    add = parser.add_argument_group("what sets the defaults of the other options").add_argument
+    add("--preset", choices=["paper", "toy", "bench"], default="paper", help="set of defaults")
+    add("--stage", choices=list(STAGES), help="all: 1, 2 and the benchmark (bench: 1)")
+    add("--denoiser", choices=["rf", "perceiver"], default="rf", help="continuous or discrete")
+    add("--epochs", type=POSITIVE, help="passes over the data")
+    return parser
 
 
-def add_run(add):
-    add("preset", "paper", "which set of defaults", choices=["paper", "toy", "bench"])
-    add("stage", None, "all: 1, 2, and the benchmark (default: all; bench: 1)",
-        choices=["1", "2", "e2e", "all"])
-    add("denoiser", "rf", "continuous or discrete", choices=["rf", "perceiver"])
-    # A new backbone is a row of BACKBONES in eval_mmvp.py, or any MODEL:TAG that open_clip lists.
-    add("backbone", "openai-l14-224", f"{', '.join(BACKBONES)}, or open_clip's MODEL:TAG",
-        type=nonempty)
-    add("clip-weights", None, "CLIP's file or HuggingFace folder; else downloaded", type=nonempty)
-    add("vae", "weights/ae.safetensors", "rf: FLUX.1's ae.safetensors", type=nonempty)
-    add("vqgan", "weights/vqgan_imagenet_f16_16384.safetensors",
-        "perceiver: taming's VQ-GAN, converted by vqgan.py", type=nonempty)
-    add("data", ["data/cc3m"], "training images: folders of images, tar shards, or folders of tar "
-        "shards", type=nonempty, nargs="+")
-    add("val", [], "held-out images, of which the first 512 are used", type=nonempty, nargs="+")
-    add("benchmark", "data/MMVP_VLM", "stage all: MMVP-VLM's folder", type=nonempty)
-    add("zeroshot", [], "stage all: NAME:PATH of retention tasks", type=nonempty, nargs="*")
-    add("out", None, "the run's folder (default: runs/PRESET-DENOISER)", type=nonempty)
-    add("init", None, "stage 1, e2e: a denoiser with FLUX's names (Table 7); stage 2: another "
-        "run's stage1/last.safetensors", type=nonempty)
+def add_run_options(add):
+    # To add a backbone, add a row to BACKBONES in eval_mmvp.py, or name open_clip's MODEL:TAG.
+    names = ", ".join(BACKBONES)
+    add("--backbone", default="openai-l14-224", help=f"{names}, or open_clip's MODEL:TAG")
+    add("--clip-weights", help="local file or folder of CLIP weights; None: download them")
+    add("--vae", default="weights/ae.safetensors", help="rf: FLUX.1's ae.safetensors")
+    add("--vqgan", default="weights/vqgan_imagenet_f16_16384.safetensors",
+        help="perceiver: taming's VQ-GAN, converted by vqgan.py")
+    add("--data", default=["data/cc3m"], nargs="+",
+        help="training images: folders of images, tar shards, or folders of tar shards")
+    add("--val", default=[], nargs="+", help="held-out images, of which the first 512 are used")
+    add("--benchmark", default="data/MMVP_VLM", help="stage all: MMVP-VLM's folder")
+    add("--zeroshot", default=[], nargs="*", metavar="NAME:PATH", help="stage all: retention tasks")
+    add("--out", help="run directory")
+    add("--init", help="stage 1, e2e: a denoiser with FLUX's names (Table 7); stage 2: another "
+                       "run's stage1/last.safetensors")
 
 
-def add_training(add):
-    add("epochs", None, "passes over the data (default: 1; e2e: 2)", type=RATE)
-    add("steps", None, "optimizer steps of a stage; wins over --epochs", type=COUNT)
-    add("batch-size", 16, "images in a micro-batch of one process", type=SIZE)
-    add("accum", 2, "micro-batches that a process accumulates into a step", type=SIZE)
-    add("lr", None, "learning rate of denoiser and projectors (default: 1e-4; stage 2: 1e-5)",
-        type=RATE)
-    add("lr-clip", None, "learning rate of the visual tower (default: --lr; e2e: 1e-5)", type=RATE)
-    add("warmup", 10, "steps of linear warm-up; then the rate is constant", type=number(int, 0))
-    add("weight-decay", 0.01, "AdamW's", type=number(float, 0))
-    add("clip-grad", 1.0, "largest norm of the gradient", type=RATE)
-    add("seed", 0, "of everything random", type=number(int, 0, 2**63 - 1))
+def add_training_options(add):
+    add("--steps", type=COUNT, help="optimizer steps of a stage; wins over --epochs")
+    add("--batch-size", default=16, type=SIZE, help="images in a micro-batch of one process")
+    add("--accum", default=2, type=SIZE, help="micro-batches that a process accumulates in a step")
+    add("--lr", default=1e-4, type=POSITIVE, help="learning rate of the denoiser and projectors")
+    add("--lr-clip", type=POSITIVE, help="learning rate of the visual tower; None: that of --lr")
+    add("--warmup", default=10, type=number(int, 0), help="steps of linear warm-up")
+    add("--weight-decay", default=0.01, type=number(float, 0), help="of AdamW")
+    add("--clip-grad", default=1.0, type=POSITIVE, help="maximum norm of the gradient")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="of all random draws")
 
-    add("precision", None, "autocast's (default: bf16 where it is fast)", choices=["bf16", "fp32"])
-    add("workers", 8, "data loading processes of each rank", type=number(int, 0, 1024))
-    add("compile", help="torch.compile the networks (other dropout draws)", **SWITCH)
-    add("shard", help="FSDP2: weights, gradients and optimizer over the ranks", **SWITCH)
-    add("grad-checkpoint", help="recompute the blocks in the backward pass", **SWITCH)
-    add("save-every", 1000, "steps between checkpoints", type=COUNT)
-    add("sample-every", 1000, "steps between pictures and held-out losses", type=COUNT)
-    add("export-every", None, "stage 2, e2e: steps between whole CLIPs, clip-STEP", type=COUNT)
-    add("log-every", 50, "steps between rows of log.csv", type=COUNT)
+    add("--precision", choices=["bf16", "fp32"], help="of autocast; bf16 where it is fast")
+    add("--workers", default=8, type=number(int, 0, 1024), help="data loading processes of a rank")
+    add("--compile", action="store_true", help="torch.compile the networks (other dropout draws)")
+    add("--shard", action="store_true", help="FSDP2: weights, gradients, optimizer over the ranks")
+    add("--grad-checkpoint", action="store_true", help="gradient checkpointing of the blocks")
+    add("--save-every", default=1000, type=COUNT, help="steps between checkpoints")
+    add("--sample-every", default=1000, type=COUNT, help="steps between samples and validation")
+    add("--export-every", type=COUNT, help="stage 2, e2e: steps between exports, clip-STEP")
+    add("--log-every", default=50, type=COUNT, help="steps between rows of log.csv")
 
 
-def add_method(add):
-    add("width", None, "the denoiser's (default: 3072; perceiver: 1024)", type=SIZE)
-    add("condition", [768, 4096], "rf: widths of the projected [CLS], to modulate and as context "
-        "token", type=SIZE, nargs=2, metavar=("VEC", "CONTEXT"))
-    add("depth", [2, 4], "rf: blocks (Table 5)", type=FEW, nargs=2,
-        metavar=("MM-DIT", "SINGLE-DIT"))
-    add("layers", 6, "perceiver: layers (Table 5)", type=FEW)
-    add("timesteps", "logit-normal", "rf: of t (Table 4)", choices=["logit-normal", "uniform"])
-    add("scale", 1.0, "rf: s of the scaled logit-normal (Eq. 6, Table 4)", type=RATE)
-    add("mask-ratio", [0.5, 0.9], "perceiver: share of masked tokens (Table 8)",
-        type=number(float, ABOVE_0, 1), nargs=2, metavar=("LOW", "HIGH"))
-    add("local-ratio", 0.0, "share of local tokens in the condition (Fig. 5)",
-        type=number(float, 0, 1))
-    add("no-lora", help="train the whole visual tower (Fig. 8)", **SWITCH)
-    add("freeze-denoiser", help="stage 2: train LoRA alone (Fig. 9)", **SWITCH)
-    add("shuffle-target", help="a control: reconstruct from another image's [CLS]", **SWITCH)
+def add_method_options(add):
+    add("--width", default=3072, type=SIZE, help="hidden size of the denoiser")
+    add("--condition", default=[768, 4096], type=SIZE, nargs=2, metavar=("VEC", "CONTEXT"),
+        help="rf: widths of the projected [CLS], as modulation and as context token")
+    add("--depth", default=[2, 4], type=SIZE, nargs=2, metavar=("MM-DIT", "SINGLE-DIT"),
+        help="rf: number of blocks (Table 5)")
+    add("--layers", default=6, type=SIZE, help="perceiver: number of layers (Table 5)")
+    add("--timesteps", default="logit-normal", choices=["logit-normal", "uniform"],
+        help="rf: distribution of t (Table 4)")
+    add("--scale", default=1.0, type=POSITIVE, help="rf: s of the logit-normal (Eq. 6, Table 4)")
+    add("--mask-ratio", default=[0.5, 0.9], type=number(float, sys.float_info.min, 1), nargs=2,
+        metavar=("LOW", "HIGH"), help="perceiver: share of masked tokens (Table 8)")
+    add("--local-ratio", default=0.0, type=number(float, 0, 1),
+        help="share of local tokens in the condition (Fig. 5)")
+    add("--no-lora", action="store_true", help="train the whole visual tower (Fig. 8)")
+    add("--freeze-denoiser", action="store_true", help="stage 2: train LoRA alone (Fig. 9)")
+    add("--shuffle-target", action="store_true", help="control: [CLS] of another image")
 
 
 STAGES = {"1": [1], "2": [2], "e2e": ["e2e"], "all": [1, 2]}
 
-OVERRIDES = [  # where these choices are made, these are the defaults; a later line wins
-    ({}, dict(lr=1e-4, epochs=1.0, width=3072)),
+DEFAULTS = [  # where these choices are made, these are the defaults; a later line wins
+    ({}, dict(epochs=1.0)),
     ({"denoiser": "perceiver"}, dict(width=1024)),
     ({"stage": 2}, dict(lr=1e-5)),
     ({"stage": "e2e"}, dict(epochs=2.0, lr_clip=1e-5)),
@@ -228,36 +221,43 @@ OVERRIDES = [  # where these choices are made, these are the defaults; a later l
 
 def read_settings(argv=None):
     """The settings of each stage that the command line asks for: a list of Namespaces."""
-    typed = make_parser().parse_args(argv)
-    stage = typed.stage or ("1" if typed.preset == "bench" else "all")
-    if stage == "all" and (typed.preset == "bench" or typed.init or typed.lr):
-        raise UserError("the bench, --init and --lr belong to one stage: name it with --stage")
-    return [settings_of(stage, typed, argv) for stage in STAGES[stage]]
+    typed, _ = choice_parser().parse_known_args(argv)
+    stages = STAGES[typed.stage or ("1" if typed.preset == "bench" else "all")]
+    return [read_stage(stage, stages, typed, argv) for stage in stages]
 
 
-def settings_of(stage, typed, argv):
-    """One stage's settings: OVERRIDES are the parser's defaults, so that what was typed wins."""
-    choices = {"stage": stage, "denoiser": typed.denoiser, "preset": typed.preset,
-               "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    parser = make_parser()
-    for needed, values in OVERRIDES:
-        if all(choices[name] == value for name, value in needed.items()):
-            parser.set_defaults(**values)
+def read_stage(stage, stages, typed, argv):
+    """The settings of one of the stages; what was typed wins over its defaults."""
+    parser = stage_parser(stage, typed)
     s = parser.parse_args(argv)
     s.stage = stage
-    if typed.epochs:
-        s.steps = typed.steps
-    s.out = s.out or f"runs/{s.preset}-{s.denoiser}"
+    s.stages = stages
+    if len(stages) > 1 and (s.init or s.lr != parser.get_default("lr")):
+        raise UserError("--init and --lr belong to one stage: name it with --stage")
+    check_values(s)
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
     s.result = os.path.join(s.out, "clip.safetensors")
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
-    s.lr_clip = s.lr_clip or s.lr
-    s.precision = s.precision or ("bf16" if is_bf16_fast() else "fp32")
     if stage == 2 and s.preset != "bench":
         s.init = s.init or os.path.join(s.out, "stage1", "last.safetensors")
-    check_values(s)
+    s.lr_clip = s.lr_clip or s.lr
     return s
+
+
+def stage_parser(stage, typed):
+    """The parser with the defaults of a stage, under the preset and denoiser that were typed."""
+    choices = {"stage": stage, "denoiser": typed.denoiser, "preset": typed.preset,
+               "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    parser = make_parser()
+    parser.set_defaults(out=f"runs/{typed.preset}-{typed.denoiser}",
+                        precision="bf16" if is_bf16_fast() else "fp32")
+    for needed, values in DEFAULTS:
+        if all(choices[name] == value for name, value in needed.items()):
+            parser.set_defaults(**values)
+    if typed.epochs:
+        parser.set_defaults(steps=None)  # a preset's number of steps would win over --epochs
+    return parser
 
 
 def is_bf16_fast():
@@ -282,92 +282,109 @@ def check_values(s):
         raise UserError("--freeze-denoiser belongs to stage 2: end to end, it is not yet trained")
     if s.shard and not LAUNCHED:
         raise UserError("--shard shares the model among processes: start it with torchrun")
-    if s.preset == "bench" and (s.steps or 0) < 2 * s.log_every:
+    if s.preset == "bench":
+        check_bench(s)
+
+
+def check_bench(s):
+    if len(s.stages) > 1:
+        raise UserError("--preset bench measures one stage: name it with --stage")
+    if (s.steps or 0) < 2 * s.log_every:
         raise UserError("--preset bench counts in --steps: give at least twice --log-every")
-    if s.preset == "bench" and (s.save_every or s.sample_every or s.export_every or s.init):
-        raise UserError("--preset bench saves nothing: leave --init, --save-every, --sample-every "
-                        "and --export-every out")
+    if s.save_every or s.sample_every or s.export_every or s.init:
+        raise UserError("--preset bench saves nothing: leave out --init, --save-every, "
+                        "--sample-every and --export-every")
 
 
 # ------------------------------------------------------------------------------------ a run
 
 ADVICE = [  # what stands in a RuntimeError, and what users can do about it
     (["OutOfMemoryError"],
-     "the GPU's memory is full: try --grad-checkpoint or --shard, or a lower --batch-size in "
-     "another --out"),
-    (["can't allocate memory"], "the memory is full: try a lower --batch-size, --width or --depth "
-                              "in another --out"),
+     "the GPU is out of memory: try --grad-checkpoint, --shard, or a lower --batch-size in another "
+     "--out"),
+    (["can't allocate memory"],
+     "out of memory: try a lower --batch-size, --width or --depth in another --out"),
     (["DataLoader worker (pid"],
-     "a data worker died, perhaps for want of memory: lower --workers, or give the container more "
-     "shared memory (docker run --ipc=host); the same command goes on"),
+     "a data worker died, perhaps out of memory: lower --workers, or give the container more "
+     "shared memory (docker run --ipc=host); the same command resumes the run"),
+    (["InvalidCxxCompiler", "Failed to find C compiler"],
+     "--compile needs a C++ compiler: install g++, name another by CXX, or leave --compile out"),
     (["DistBackendError", "DistNetworkError", "DistStoreError", "gloo"],
-     "this rank lost another rank, whose own message says why; the same command goes on"),
+     "this rank lost another rank, whose own message says why; the same command resumes the run"),
 ]
 
 
-def run(argv):
-    """Parse, hold the run's folder, train each stage, compare before and after."""
-    check_launch()
-    settings = read_settings(argv)
-    first, last = settings[0], settings[-1]
-    compares = len(settings) > 1  # stage all
-    lock = lock_folder(first) if RANK == 0 else None
-    if LOCAL_RANK == 0:
-        look_ahead(first, compares)
-    device = start_processes()
+@contextlib.contextmanager
+def explain_errors():
+    """Turn the RuntimeErrors of ADVICE into UserErrors."""
     try:
-        for s in settings:
-            train_stage(s, device)
-            gc.collect()  # DDP refers to itself, and would keep a stage's model beside the next
+        yield
     except RuntimeError as error:
         said = f"{type(error).__name__}: {error}"
         for signs, advice in ADVICE:
             if any(sign in said for sign in signs):
                 raise UserError(advice) from None
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if compares and RANK == 0:
-        compare(last, device)
-    del lock  # held until here
 
 
-def look_ahead(s, compares):
-    """Draw the toy's world, download the CLIP, and notice what stage all would find at its end.
+def run(argv):
+    """Train each stage of the command in turn; for stage all, evaluate CLIP before and after."""
+    check_launch()
+    settings = read_settings(argv)
+    first, last = settings[0], settings[-1]
+    evaluates = len(settings) > 1  # stage all
+    with lock_run_directory(first), explain_errors():
+        pretrained = None
+        if LOCAL_RANK == 0:  # alone, so that one rank of a node downloads and reports mistakes
+            prepare(first, evaluates)
+            pretrained = load_pretrained(first)
+        device, patient_group = start_processes()
+        compare_ranks(describe_run(first))
+        for s in settings:
+            train_stage(s, pretrained or load_pretrained(s), device)
+            pretrained = None
+            gc.collect()  # DDP refers to itself, and would keep a stage's model beside the next
+        if evaluates and RANK == 0:
+            evaluate_before_and_after(last, device)
+        if dist.is_initialized():
+            dist.barrier(patient_group)  # a rank that left would end rank 0's evaluation
+            dist.destroy_process_group()
 
-    One rank of a node does it while the others wait, so that it alone says what is wrong.
-    """
+
+def prepare(s, evaluates):
+    """Draw the toy's world, index the images, and check what the evaluation will need."""
     if s.preset == "toy":
         from toy.make_toy import draw_world
         draw_world(os.path.join(TOY, "data"))
-    if compares:
+    if RANK == 0:
+        for kind, paths in (("data", s.data), ("val", s.val)):
+            if paths:
+                make_index(paths, index_path(s, kind))
+    if evaluates:
         check_benchmark(s.benchmark)
         for task in s.zeroshot:
             check_zeroshot(*task.partition(":")[::2])
         make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
-    find_images(s.val)
-    if LAUNCHED:
-        load_pretrained(s)
 
 
-def train_stage(s, device):
-    """One stage of Algorithm 1 (rf) or 2 (perceiver): from its settings, or its last checkpoint."""
-    pretrained = load_pretrained(s)
-    data = open_data(s, image_side(pretrained.visual))
+def train_stage(s, pretrained, device):
+    """One stage of Algorithm 1 (rf) or 2 (perceiver), from the start or from a checkpoint."""
+    side = image_side(pretrained.visual)
+    data, val = open_data(s, "data", side), open_data(s, "val", side)
     images_per_step = s.batch_size * s.accum * WORLD
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
-    check_same_run(s, data, pretrained)
-    if agree(RANK == 0 and is_whole(s.result)):
-        say(f"stage {s.stage} is finished: {s.result}")
+    check_same_run(s, data, val, pretrained)
+    if broadcast(RANK == 0 and is_whole(s.result)):
+        print_rank_0(f"stage {s.stage} is finished: {s.result}")
         return
-    heldout = load_heldout(s, data, device)
-    core = build_model(s, pretrained, device)  # the GenHancer; CLIP is frozen, or gets LoRA
+    val_images = load_val_images(val or data, 512 if val else 8, device)
+    core = build_model(s, pretrained, device)  # the GenHancer; set_stage chooses what trains
     model = distribute(s, core)                # the same model, wrapped for several processes
     optimizer = make_optimizer(s, core)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoints = Checkpoints(s, core, model, optimizer)
     start = checkpoints.load()
-    introduce(s, core, data, images_per_step, total)
+    print_summary(s, core, data, total, device)
     log = Log(s, start, total, len(data), device)
     batches = load_batches(s, data, start, total, device)
 
@@ -389,10 +406,13 @@ def train_stage(s, device):
         clear_gradients(model, optimizer)
 
         done = step + 1
-        due = find_due(s, done, total)
+        due = list_due(s, done, total)
+        val_losses = None
+        if "sample" in due:
+            write_samples(s, done, core, val_images[:8])
+            val_losses = validate(s, core, val_images) if val else None
         if due:
-            heldout_losses = look(s, done, core, heldout) if "sample" in due else None
-            log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], heldout_losses)
+            log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], val_losses)
         if "export" in due:
             write_result(s, model, os.path.join(s.out, f"clip-{done:06}.safetensors"))
         if "save" in due:
@@ -404,10 +424,11 @@ def train_stage(s, device):
         print_bench(s, core, log, device)
         return
     write_result(s, model, s.result, pretrained.checksums)
-    say(f"stage {s.stage} is done: {s.result}; {log.undecodable} images could not be decoded")
+    print_rank_0(f"stage {s.stage} is done: {s.result}; "
+                 f"{log.undecodable} images could not be decoded")
 
 
-def find_due(s, step, total):
+def list_due(s, step, total):
     """What is due after a step: of "row", "sample", "save" and "export"; a row with any other."""
     every = {"row": s.log_every, "sample": s.sample_every, "save": s.save_every}
     if s.stage != 1 and step < total:
@@ -417,53 +438,55 @@ def find_due(s, step, total):
 
 @torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
-def look(s, step, core, heldout):
-    """Draw samples/STEP.png; return the held-out losses with the right and with shuffled
-    [CLS], or None without held-out images."""
-    core.eval()
-    losses = None
-    if s.val:
-        losses = [heldout_loss(s, core, heldout, roll) for roll in (0, 1)]
+def write_samples(s, step, core, images):
+    """samples/STEP.png: images uint8 (n, 3, H, W), each beside its reconstructions."""
     seed_draws("samples", s.seed, step)
-    batch = heldout[:8].float() / 255
-    with autocast(s, heldout.device):
-        columns = [batch, core.reconstruct(batch)]
+    images = images.float() / 255
+    with autocast(s, images.device):
+        columns = [images, core.reconstruct(images)]
         if s.denoiser == "perceiver":
-            columns.append(core.reconstruct(batch, steps=1, mask_ratio=0.75))
-    core.train()
+            columns.append(core.reconstruct(images, steps=1, mask_ratio=0.75))
     if RANK == 0:
         sheet = torch.stack(columns, 1).flatten(0, 1).float().cpu()  # two images to a row
         sheet = torch.nn.functional.interpolate(sheet, scale_factor=max(1, 128 // sheet.shape[-1]))
         path = os.path.join(s.folder, "samples", f"{step:06}.png")
         write_file(path, lambda part: save_image(sheet, part, nrow=2 * len(columns)))
-    return losses
 
 
-def heldout_loss(s, core, heldout, roll):
-    """The mean loss of held-out images, each with the [CLS] of the image `roll` before it."""
-    total = 0.0
-    others = heldout.roll(roll, 0).split(s.batch_size)
-    batches = zip(heldout.split(s.batch_size), others, strict=True)
-    for i, (images, condition_images) in enumerate(batches):
-        images = images.float() / 255
-        condition_images = condition_images.float() / 255
-        seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
-        with autocast(s, heldout.device):
-            losses, _ = core(images, condition_images)
-        total += losses.sum().item()
-    return total / len(heldout)
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def validate(s, core, images):
+    """The mean loss of images uint8 (n, 3, H, W), with their own [CLS] and with another's."""
+    core.eval()
+    means = []
+    for condition_images in (images, images.roll(1, 0)):
+        batches = zip(images.split(s.batch_size), condition_images.split(s.batch_size), strict=True)
+        total = 0.0
+        for i, (batch, condition) in enumerate(batches):
+            seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
+            with autocast(s, images.device):
+                losses, _ = core(batch.float() / 255, condition.float() / 255)
+            total += losses.sum().item()
+        means.append(total / len(images))
+    core.train()
+    return means
 
 
-def introduce(s, core, data, images_per_step, total):
-    """Say what a reader can check: what trains, on how many images, for how long."""
+def print_summary(s, core, data, total, device):
+    """What a reader can check: what trains, on which device, on how many images, for how long."""
     if s.preset == "bench":
-        say(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn nothing; "
-            f"{s.backbone}, width {s.width}")
+        print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
+                     f"nothing; {s.backbone}, width {s.width}")
     trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in core.parameters())
-    say(f"stage {s.stage}: {trained:,} of {whole:,} parameters train; {len(data):,} images; "
-        f"{total:,} steps of {images_per_step} images "
+    print_rank_0(
+        f"stage {s.stage} on {device_name(device)}: {trained:,} of {whole:,} parameters train; "
+        f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
         f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
 # ------------------------------------------------------------------------ model and processes
@@ -540,7 +563,7 @@ def build_model(s, pretrained, device):
         what = "FLUX's weights for this --denoiser, --width, --condition and --depth"
         load_strictly(denoiser, pretrained.initial, s.init, what)
     if s.grad_checkpoint:
-        recompute_blocks(core, True)
+        set_grad_checkpointing(core, True)
     if s.compile:
         for part in (denoiser, visual, autoencoder.encoder):
             part.compile()
@@ -548,10 +571,9 @@ def build_model(s, pretrained, device):
     return core.set_stage(s.stage, lora=not s.no_lora, freeze_denoiser=s.freeze_denoiser)
 
 
-def recompute_blocks(core, recompute):
-    """Whether the blocks are computed again in the backward pass, to save memory."""
-    core.denoiser.grad_checkpointing = recompute
-    core.visual.set_grad_checkpointing(recompute)
+def set_grad_checkpointing(core, enable):
+    core.denoiser.grad_checkpointing = enable
+    core.visual.set_grad_checkpointing(enable)
 
 
 def flux_config(s, autoencoder):
@@ -603,7 +625,10 @@ def check_launch():
 
 
 def start_processes():
-    """This process's device, set up; under torchrun, the processes find each other."""
+    """This process's device, and a process group whose waits may take as long as an evaluation.
+
+    Under torchrun, the processes connect; UserError if they cannot. Else the group is None.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
@@ -611,11 +636,17 @@ def start_processes():
     else:
         device = torch.device("cpu")
         torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too: its backward is slow
-    if LAUNCHED:
-        nccl = device.type == "cuda"
+    if not LAUNCHED:
+        return device, None
+    nccl = device.type == "cuda"
+    try:
         dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(minutes=30),
                                 device_id=device if nccl else None)
-    return device
+        return device, dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    except RuntimeError as error:
+        raise UserError(f"rank {RANK} cannot connect to the others ({first_line(error)}): name a "
+                        "free MASTER_PORT, and in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME the "
+                        "network that the nodes share") from None
 
 
 def distribute(s, core):
@@ -657,7 +688,7 @@ def clear_gradients(model, optimizer):
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
-def agree(value):
+def broadcast(value):
     """Rank 0's value, on every rank."""
     box = [value]
     if WORLD > 1:
@@ -670,8 +701,16 @@ def barrier():
         dist.barrier()
 
 
-def say(message):
-    """Tell the user, once for all processes."""
+def raise_on_all_ranks(message):
+    """A UserError of which every rank knows, but which rank 0 alone prints."""
+    if RANK > 0:
+        with contextlib.suppress(RuntimeError):  # rank 0 has printed it and is gone
+            dist.barrier()
+        sys.exit(2)
+    raise UserError(message)
+
+
+def print_rank_0(message):
     if RANK == 0:
         tqdm.write(message)
 
@@ -688,40 +727,34 @@ def seed_draws(stream, *key):
 # ------------------------------------------------------------------------------------ images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-OTHER_SUFFIXES = (".jfif", ".jpe", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg")
-WHOLE = -1  # the size of an entry that is a whole file
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md")  # captions and metadata
+WHOLE = -1  # the size of an entry that is a whole file, as file.read takes it
 
 
-def open_data(s, side):
-    """The training images; noise for the bench without --data."""
-    if not s.data:
-        return RandomImages(s.batch_size, side)
-    return open_images(s.data, side, os.path.join(s.out, "index-data.safetensors"))
+def open_data(s, kind, side):
+    """The images of --data or --val ("data" or "val"), whose index rank 0 has made.
 
-
-def open_images(paths, side, index_path):
-    """Images from folders and shards, whose index rank 0 makes, and which is cached."""
-    if RANK == 0:
-        make_index(paths, index_path)
-    barrier()
-    if not os.path.exists(index_path):
-        raise UserError(f"{index_path}, which rank 0 wrote, is not to be seen by rank {RANK}: name "
+    None without --val; noise for the bench without --data.
+    """
+    if not getattr(s, kind):
+        return RandomImages(s.batch_size, side) if kind == "data" else None
+    if not os.path.exists(index_path(s, kind)):
+        raise UserError(f"rank {RANK} does not see {index_path(s, kind)}, which rank 0 wrote: name "
                         "an --out that all nodes share")
-    return Images(index_path, side)
+    return Images(index_path(s, kind), side)
 
 
-def load_heldout(s, data, device):
-    """512 images of --val, or for the pictures alone 8 of --data: uint8 (n, 3, H, W)."""
-    if s.preset == "bench":
-        return None
-    count = 8
-    if s.val:
-        data = open_images(s.val, data.side, os.path.join(s.out, "index-val.safetensors"))
-        count = 512
+def index_path(s, kind):
+    return os.path.join(s.out, f"index-{kind}.safetensors")
+
+
+def load_val_images(data, count, device):
+    """The first `count` images, less those that cannot be decoded: uint8 (n, 3, H, W)."""
     images = [data.load(i, augment=False)[0] for i in range(min(len(data), count))]
     images = [image for image in images if image is not None]
     if not images:
-        raise UserError(f"none of the first images of {', '.join(s.val or s.data)} can be decoded")
+        raise UserError("none of the first images of --val, or else of --data, can be decoded: "
+                        "mend or replace them")
     return torch.stack(images).to(device)
 
 
@@ -762,10 +795,13 @@ class Images(Dataset):
         self.index_path = index_path
         self.side = side
         index, _ = read_weights(index_path, "the index of the data")
-        self.files = index["files"].numpy()
-        self.stamps = index["stamps"].numpy()
+        files = index["files"].numpy()
+        self.files = files.view(f"S{files.shape[1]}")[:, 0]  # no Python object for each of millions
+        self.sizes = index["stamps"].numpy()[:, 0]
         self.entries = index["entries"].numpy()
         bicubic = v2.InterpolationMode.BICUBIC  # antialiased
+        # As in the official code: beyond 1.48:1 no crop of nine tenths has a ratio of 4:3 or less,
+        # and RandomResizedCrop takes the central one of 4:3 each time.
         self.random_crop = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
         self.resize = v2.Resize(side, bicubic)
 
@@ -797,22 +833,22 @@ class Images(Dataset):
     def load(self, index, augment=True):
         """One image, uint8 (3, side, side), or None if it cannot be decoded; and its name."""
         place, offset, size = self.entries[index].tolist()
-        path = os.fsdecode(self.files[place].tobytes().rstrip(b"\0"))
+        path = os.fsdecode(self.files[place])
         name = path if size == WHOLE else f"{path} at byte {offset}"
         try:
             with open(path, "rb") as stream:
-                stamp = tuple(self.stamps[place])
-                if size != WHOLE and stamp_of(stream.fileno()) != stamp:
-                    raise UserError(f"data: {path} is not what it was when the run began: put the "
-                                    "shard back, or choose another --out")
+                if size != WHOLE and os.stat(stream.fileno()).st_size != self.sizes[place]:
+                    raise UserError(f"data: {path} has another size than when it was indexed: put "
+                                    "the same shard back, or choose another --out")
                 stream.seek(offset)
                 data = stream.read(size)
         except OSError as error:  # a vanished file or a failing disk is no bad image
-            raise UserError(f"data: {path} can no longer be read ({error.strerror}): put it back "
-                            "and run the same command again") from None
+            raise UserError(f"data: {path} cannot be read ({error.strerror}): put it back, on "
+                            "every node under the same path, and run the same command again"
+                            ) from None
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                needed = math.ceil(self.side / 0.9)  # no crop is less than .9 of a side
+                needed = math.ceil(self.side / 0.9)  # a crop keeps .9 of the shorter side
                 image.draft(None, (needed, needed))  # JPEG: decode at a fraction that is enough
                 pixels = pil_to_tensor(to_rgb(image))
             return (self.random_crop(pixels) if augment else self.centre_crop(pixels)), name
@@ -825,14 +861,14 @@ class Images(Dataset):
 
     def fingerprint(self):
         """The same for the same images in the same order, wherever they lie."""
-        paths = self.files.view(f"S{self.files.shape[1]}").ravel().tolist()
-        names = b"\n".join(os.path.basename(path) for path in paths)
+        names = b"\n".join(os.path.basename(path) for path in self.files.tolist())
         return f"{len(self)} images, {zlib.crc32(self.entries, zlib.crc32(names)):08x}"
 
 
 def to_rgb(image):
     """A PIL image -> upright 8-bit RGB, on white. ValueError for greys of unknown range."""
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # broken metadata costs the rotation alone
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError("greys of 32 bits, signed ones and floats do not say what white is")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it to white
@@ -855,20 +891,27 @@ class RandomImages(Dataset):
     def __getitem__(self, key):
         return self.batch, []
 
+    def load(self, index, augment=True):
+        return self.batch[0], "noise"
+
+    def fingerprint(self):
+        return "noise"
+
 
 def make_index(paths, index_path):
     """Index the images under `paths`, unless index_path holds the index of these very files.
 
-    files: uint8 (F, longest), the paths of all shards and then all images, with zeros behind them.
-    stamps: (F, 2), size and time of each shard, zeros for images. entries: (N, 3), for each image
-    the number of its file, its offset and its size in bytes.
+    files: uint8 (F, longest), the paths of all shards and then all images, as NumPy's fixed-width
+    byte strings, since safetensors holds numbers only. stamps: (F, 2), size and time of each shard,
+    zeros for images. entries: (N, 3), an image's file (its number), offset and size in bytes.
     """
     shards, images = find_images(paths)
     files = np.array([os.fsencode(path) for path in shards + images])
     files = files.view(np.uint8).reshape(len(files), -1)
     stamps = np.zeros((len(files), 2), dtype=np.int64)
     for place, path in enumerate(shards):
-        stamps[place] = stamp_of(path)
+        status = os.stat(path)
+        stamps[place] = status.st_size, status.st_mtime_ns
     tables = {"files": torch.from_numpy(files), "stamps": torch.from_numpy(stamps)}
     try:
         known, _ = read_weights(index_path, "index")
@@ -893,21 +936,15 @@ def find_images(paths):
 
     UserError for a path with neither, and for a folder with both.
     """
-    shards, images, others = [], [], 0
+    shards, images, others = [], [], []
     for path in paths:
-        if os.path.isdir(path):
-            try:
-                found = sorted(list_files(path, set()))
-            except OSError as error:
-                raise UserError(f"data: a folder cannot be read: {error}") from None
-        elif os.path.isfile(path):
-            found = [path]
-        else:
-            raise UserError(f"data not found at {path}: name folders of images, or tar shards "
-                            "(the README says how to get CC3M)")
+        try:
+            found = [path] if os.path.isfile(path) else sorted(list_files(path, set()))
+        except OSError as error:
+            raise UserError(f"data not found at {error.filename} ({error.strerror}): name folders "
+                            "of images, or tar shards (the README says how to get CC3M)") from None
         tars = [name for name in found if name.lower().endswith(".tar")]
         pictures = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
-        others += sum(name.lower().endswith(OTHER_SUFFIXES) for name in found)
         if not tars:  # a common downloader of CC3M saves images without a suffix
             pictures += [name for name in found if not os.path.splitext(name)[1]]
         if tars and pictures:
@@ -915,13 +952,22 @@ def find_images(paths):
                             f"images, {tars[0]} and {pictures[0]} among them: name the shards or "
                             "the images alone")
         if not tars and not pictures:
-            raise UserError(f"data: no image and no .tar in {path}: name folders of images, or tar "
-                            "shards, with --data")
+            raise UserError(f"data: no image and no .tar in {path}: name folders of images, or "
+                            "plain .tar shards; unpack .zip and .tar.gz, and convert .parquet")
         shards += tars
         images += sorted(pictures)
+        others += list_others(found, {*tars, *pictures})
     if others:
-        say(f"data: {others} files of other kinds ({', '.join(OTHER_SUFFIXES)}) are left out")
+        print_rank_0(f"data: {len(others)} files that are neither images nor .tar are left out, "
+                     f"{others[0]} among them")
     return shards, images
+
+
+def list_others(found, used):
+    """The files that are neither used nor captions and metadata, such as 0.parquet of 0.tar."""
+    rest = [name for name in found if name not in used]
+    rest = [name for name in rest if not name.lower().endswith(TEXT_SUFFIXES)]
+    return [name for name in rest if name.removesuffix(".parquet") + ".tar" not in used]
 
 
 def list_files(folder, seen):
@@ -946,19 +992,14 @@ def list_files(folder, seen):
     return files
 
 
-def stamp_of(file):
-    """What tells an unchanged file from a changed one: its size and its time of change."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
 def index_shards(shards):
-    """index_shard of each, in their order; many of them side by side, in a DataLoader's workers."""
+    """index_shard of each, in their order; many of them in parallel."""
     workers = min(32, os.cpu_count()) if len(shards) >= 8 else 0
     context = start_method() if workers else None
+    # Unlike a pool's, a DataLoader's workers are silent after Ctrl-C, and noticed if they die.
     tables = DataLoader(shards, batch_size=None, collate_fn=index_shard, num_workers=workers,
                         multiprocessing_context=context)
-    return tqdm(tables, "indexing shards", leave=False)
+    return tqdm(tables, "indexing shards", leave=False, disable=None if shards else True)
 
 
 def index_shard(path):
@@ -1036,7 +1077,7 @@ class Checkpoints:
 
     def load(self):
         """Restore the newest whole checkpoint, and return its step; 0 if there is none."""
-        step = agree(self.find() if RANK == 0 else 0)
+        step = broadcast(self.find() if RANK == 0 else 0)
         if step == 0:
             return 0
         tensors, about = read_weights(self.path(step), "checkpoint")
@@ -1054,7 +1095,7 @@ class Checkpoints:
             optim_state_dict={"state": state, "param_groups": about["param_groups"]},
             options=StateDictOptions(full_state_dict=True, strict=False),  # the frozen is not in it
         )
-        say(f"resumed from {self.path(step)}")
+        print_rank_0(f"resumed from {self.path(step)}")
         return step
 
     def find(self):
@@ -1066,9 +1107,9 @@ class Checkpoints:
                 tensors, about = read_weights(path, "checkpoint")
                 if tensors.keys() == wanted and path == self.path(about.get("step", 0)):
                     return about["step"]
-                say(f"{path} is of another step or model, and is passed over")
+                print_rank_0(f"{path} is of another step or model, and is passed over")
             except UserError as error:
-                say(f"{error}, and is passed over")
+                print_rank_0(f"{error}, and is passed over")
         return 0
 
     def path(self, step):
@@ -1088,7 +1129,11 @@ def is_whole(path):
 
 
 class Log:
-    """log.csv: losses and images/s over all ranks since the row before, the rest at its step."""
+    """log.csv: losses and images/s are means over all ranks since the row before.
+
+    Undecodable images and peak memory are counted since the start or restart; what else a row holds
+    is of its step.
+    """
     BINS = 10      # of t, or of the mask ratio
     ENOUGH = 1000  # images, before the undecodable among them are judged
 
@@ -1138,15 +1183,15 @@ class Log:
             tqdm.write(f"cannot be decoded, another stands in: {name}", file=sys.stderr)
         self.undecodable_here += len(undecodable)
 
-    def write_row(self, step, grad_norm, lr, heldout_losses):
+    def write_row(self, step, grad_norm, lr, val_losses):
         """Sum over the ranks and write a row. This waits for the device, so it is called rarely.
 
         UserError if the gradient is not finite, or if too many images cannot be decoded.
         """
         grad_norm = float(grad_norm.full_tensor() if self.s.shard else grad_norm)
         if not math.isfinite(grad_norm):
-            raise UserError(f"the gradient is not finite at step {step}: try a lower --lr, or "
-                            "--precision fp32, in another --out")
+            raise_on_all_ranks(f"the gradient is not finite at step {step}: try a lower --lr, or "
+                               "--precision fp32, in another --out")
         undecodable = torch.tensor(self.undecodable_here, device=self.losses.device)
         if WORLD > 1:
             for sums in (self.losses, self.images, undecodable):
@@ -1158,15 +1203,15 @@ class Log:
         bins = (self.losses / self.images).tolist()
         bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: no image in it
         epoch = step * self.images_per_step / self.data_size
-        heldout = [f"{mean:.6g}" for mean in heldout_losses] if heldout_losses else ["", ""]
+        val_losses = [f"{mean:.6g}" for mean in val_losses or []] or ["", ""]
         self.rows.append([
             step, f"{epoch:.4f}", f"{loss:.6g}", *bins, f"{grad_norm:.4g}", f"{lr:.3g}",
-            f"{speed:.4g}", f"{peak_memory():.2f}", self.undecodable, *heldout])
+            f"{speed:.4g}", f"{peak_memory():.2f}", self.undecodable, *val_losses])
         if RANK == 0:
             write_file(self.path, self.write)
         progress = f"loss {loss:.4f}, {speed:.0f} images/s"
         if self.bar.disable:  # where no terminal shows it
-            say(f"step {step} of {self.total}: {progress}")
+            print_rank_0(f"step {step} of {self.total}: {progress}")
         self.bar.set_postfix_str(progress, refresh=False)
         self.bar.update(step - self.bar.n)
         self.losses.zero_()
@@ -1178,8 +1223,8 @@ class Log:
         seen = (step - self.start) * self.images_per_step
         whole = self.start == 0 and step == self.total  # the rest of a resumed run may be too short
         if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or whole):
-            raise UserError(f"data: {self.undecodable} of {seen} images cannot be decoded: mend "
-                            "the data, or leave that part out")
+            raise_on_all_ranks(f"data: {self.undecodable} of {seen} images cannot be decoded: "
+                               "mend the data, or leave that part out")
 
     def write(self, part):
         with open(part, "w", newline="", encoding="utf-8") as file:
@@ -1203,14 +1248,14 @@ def write_result(s, model, path, checksums=None):
     if RANK == 0 and s.stage == 1:
         write_weights(path, weights, checksums)
     elif RANK == 0:
-        clip = trained_clip(s, weights)
+        clip = build_enhanced_clip(s, weights)
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
         write_weights(path, clip.state_dict())
     barrier()
 
 
-def trained_clip(s, weights):
+def build_enhanced_clip(s, weights):
     """The backbone's CLIP with the trained weights of its visual tower, LoRA merged in float32."""
     clip = load_clip(s.backbone, s.clip_weights)[0]
     if s.no_lora:
@@ -1224,8 +1269,9 @@ def trained_clip(s, weights):
     return clip
 
 
-def compare(s, device):
-    """The benchmark and the retention tasks, before and after: screen and result.json."""
+def evaluate_before_and_after(s, device):
+    """The benchmark and the retention tasks with the original CLIP and with the result: a table,
+    and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
     results = []
     for weights in (s.clip_weights, s.result):
@@ -1249,84 +1295,113 @@ def print_bench(s, core, log, device):
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
     memory = peak_memory()  # of the training, before its work is counted
-    recompute_blocks(core, False)  # the model's own work alone is counted
+    set_grad_checkpointing(core, False)  # the model's own work alone is counted
     with FlopCounterMode(display=False) as counter, autocast(s, device):
         core(images)[0].mean().backward()
     tflops = counter.get_total_flops() * s.accum * steps_per_s / 1e12
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+    name = device_name(device)
     peaks = [peak for known, peak in PEAK_TFLOPS.items() if known in name]
     mfu = f"no peak known for {name}"
     if peaks:
         mfu = f"{100 * tflops / peaks[0]:.1f} % of {peaks[0]} in bf16"
-    say(f"s / 100 iterations   {100 / steps_per_s:.2f}")
-    say(f"images / s           {speed:.4g}")
-    say(f"peak memory          {memory:.2f} GB")
-    say(f"model TFLOP/s        {tflops:.2f} a device")
-    say(f"MFU                  {mfu}")
+    print_rank_0(f"s / 100 iterations   {100 / steps_per_s:.2f}")
+    print_rank_0(f"images / s           {speed:.4g}")
+    print_rank_0(f"peak memory          {memory:.2f} GB")
+    print_rank_0(f"model TFLOP/s        {tflops:.2f} a device")
+    print_rank_0(f"MFU                  {mfu}")
 
 
 # ------------------------------------------------------------------------ a folder holds one run
 
-# What may change when a run goes on; data and weights are known by their content.
-MOVABLE = {
-    "stage", "out", "folder", "result", "data", "val", "benchmark", "zeroshot",
-    "clip_weights", "vae", "vqgan", "init",
-    "workers", "save_every", "sample_every", "log_every", "export_every",
-    "accum", "compile", "shard", "grad_checkpoint",
-}
+# Options that may differ between the machines of a run: paths, and what follows from a machine.
+PER_MACHINE = {"out", "folder", "result", "data", "val", "benchmark", "zeroshot", "clip_weights",
+               "vae", "vqgan", "init", "workers"}
+# Options that may change when a run is resumed. All ranks take part in what they ask for.
+PER_START = {"stage", "stages", "save_every", "sample_every", "log_every", "export_every", "accum",
+             "compile", "shard", "grad_checkpoint"}
 
 
-def check_same_run(s, data, pretrained):
-    """A stage's folder holds one run, whose settings.json this writes: UserError if it was begun
-    with other settings."""
+def describe_run(s):
+    """What makes this run the same on every rank: options by name."""
+    return {key: value for key, value in vars(s).items() if key not in PER_MACHINE}
+
+
+def compare_ranks(facts):
+    """End all ranks unless each has the same facts, a dictionary."""
+    if WORLD == 1:
+        return
+    of_ranks = [None] * WORLD
+    dist.all_gather_object(of_ranks, facts)
+    for name, value in of_ranks[0].items():
+        others = [rank for rank in range(WORLD) if of_ranks[rank].get(name) != value]
+        if others:
+            ranks = ", ".join(map(str, others))
+            raise_on_all_ranks(
+                f"the ranks of one run differ: {name} is {value} on rank 0, and "
+                f"{of_ranks[others[0]].get(name)} on rank {ranks}: give all of them the same")
+
+
+def check_same_run(s, data, val, pretrained):
+    """All ranks run the same, and a stage's folder holds one run, whose settings.json this writes:
+    else UserError."""
+    facts = describe_run(s)
+    facts["data"] = data.fingerprint()
+    for name, value in pretrained.checksums.items():
+        facts[f"checksum of the {name}"] = value
+    compare_ranks(facts | {"validation data": val and val.fingerprint()})
     if RANK > 0 or s.preset == "bench":
         return
-    settings = {key: value for key, value in vars(s).items() if key not in MOVABLE}
+    settings = {name: value for name, value in facts.items() if name not in PER_START}
     settings["micro-batches of a step (processes x --accum)"] = s.accum * WORLD
-    settings["data"] = data.fingerprint()
-    for name, value in pretrained.checksums.items():
-        settings[f"checksum of the {name}"] = value
     path = os.path.join(s.folder, "settings.json")
     if not os.path.exists(path):
         write_json(path, settings)
         return
     before = read_json(path)
-    names = sorted(before.keys() | settings.keys())
-    changed = [f"{name} was {before.get(name)}, is {settings.get(name)}"
-               for name in names if before.get(name) != settings.get(name)]
+    options = stage_parser(s.stage, s)
+    changed = []
+    for name in sorted(before.keys() | settings.keys()):
+        was = before.get(name, options.get_default(name))  # an older version lacks newer options
+        if was != settings.get(name):
+            changed.append(f"{name} was {was}, is {settings.get(name)}")
     if changed:
         raise UserError(f"{s.folder} holds a run with other settings ({'; '.join(changed)}): "
                         "give it the same again, or choose another --out")
 
 
-def lock_folder(s):
-    """Make the run's folder and hold it while this process lives: a second run there is refused."""
+@contextlib.contextmanager
+def lock_run_directory(s):
+    """Make the run directory and, on rank 0, hold it: a second run there is refused."""
+    if RANK > 0:
+        yield
+        return
     import fcntl  # which Windows lacks
     others = {1: ["e2e"], 2: ["e2e"], "e2e": ["stage1", "stage2"]}[s.stage]
     for name in ["stage1", "stage2", "e2e"] if s.preset == "bench" else others:
         if os.path.exists(os.path.join(s.out, name, "settings.json")):
-            raise UserError(f"--out {s.out} holds another run ({name}): choose another folder")
+            raise UserError(f"--out {s.out} holds another run ({name}): choose another directory")
     try:
         os.makedirs(s.out, exist_ok=True)
-        file = open(os.path.join(s.out, ".lock"), "w")  # noqa: SIM115 (open for as long as the run)
+        file = open(os.path.join(s.out, ".lock"), "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         message = f"--out {s.out} cannot be written ({error.strerror}): choose another"
         raise UserError(message) from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"--out {s.out} is in use by another run: choose another; several "
-                        "processes of one run are started with torchrun") from None
-    except OSError as error:
-        say(f"--out {s.out} lies on a file system without locks ({error.strerror}): nothing keeps "
-            "another run out of it")
-    else:
-        remove_parts(s)
-    return file
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out {s.out} is in use by another run: choose another; several "
+                            "processes of one run are started with torchrun") from None
+        except OSError as error:
+            print_rank_0(f"--out {s.out} lies on a file system without locks ({error.strerror}): "
+                         "nothing keeps another run out of it")
+        else:
+            remove_parts(s)
+        yield
 
 
 def remove_parts(s):
-    """What a run that was killed was writing in this folder."""
+    """Remove what a run that was killed was writing in this directory."""
     for folder in ("", "hf", "stage1", "stage2", "e2e", "*/samples"):
         for part in glob.glob(os.path.join(glob.escape(s.out), folder, ".part-*")):
             os.remove(part)

@@ -319,7 +319,7 @@ def draw_world(folder, train=N_TRAIN, held_out=N_HELD_OUT, pairs=100, images=200
                 write_classes(f"{new}/zeroshot-dev", ZEROSHOT_DEV, images),
             )
             total = train + held_out + 2 * (2 * pairs * len(PATTERNS) + images)
-            with tqdm(total=total, desc="drawing the toy world", unit="image") as bar:
+            with tqdm(total=total, desc="drawing the toy world", unit="image", disable=None) as bar:
                 for part in parts:
                     for _ in part:
                         bar.update()
@@ -454,7 +454,7 @@ def tensor_part(part, indices, what):
     images = torch.empty(len(indices), 3, SIZE, SIZE, dtype=torch.uint8)
     scenes = []
     drawn = draw_part(part, indices)
-    for pixels, scene in tqdm(drawn, f"drawing {what}", len(indices), unit="image"):
+    for pixels, scene in tqdm(drawn, f"drawing {what}", len(indices), unit="image", disable=None):
         images[len(scenes)] = torch.from_numpy(pixels).permute(2, 0, 1)
         scenes.append(scene)
     return images, scenes
@@ -482,7 +482,7 @@ def fit(parameters, loss_of_step, steps, lr, weight_decay=0.0):
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     bf16 = torch.cpu._is_avx512_bf16_supported()  # elsewhere it is slower than float32
-    with tqdm(range(steps), desc="training", unit="step") as bar:
+    with tqdm(range(steps), desc="training", unit="step", disable=None) as bar:
         for step in bar:
             # The CPU's flash attention is slow backwards, hence MATH.
             with torch.autocast("cpu", torch.bfloat16, bf16), sdpa_kernel(SDPBackend.MATH):
@@ -683,8 +683,6 @@ def parse_args(argv):
     help = "of clip: attributes in 1,500 captions (weak, the default) or in all 24,000"
     parser.add_argument("--regime", choices=("weak", "full"), default="weak", help=help)
     args = parser.parse_args(argv)
-    if args.out == "":
-        parser.error("--out is empty: name a folder")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps {args.steps} is out of range: at least 1")
     if not 0 <= args.seed < 2**63:
