@@ -10,13 +10,13 @@
                                  cross-entropy
 
 Conventions: t = 0 is data and t = 1 is noise. A mask is True where a token is hidden and must be
-predicted. [CLS] is what the visual tower returns: CLIP's class token after ln_post and visual.proj,
-not normalised. SigLIP has no class token: there [CLS] is the attention pool's output (Sec. 5.4).
-Local tokens are taken before that projection.
+predicted. [CLS] is the output of the visual tower: CLIP's class token after ln_post and
+visual.proj, not normalised. SigLIP has no class token: its [CLS] is the output of the attention
+pooling head (Sec. 5.4). Local tokens are the patch tokens before that projection.
 
-Eq. 5's penalty on the drift of the visual tower is no term of the loss. Stage 1, LoRA and the small
-learning rate of stage 2 replace it. The loop (Algorithms 1, 2) is train_stage in train.py, and so
-are the optimizer and its settings (App. B).
+The loss has no term for Eq. 5's penalty on the drift of the visual tower. Stage 1, LoRA and the
+small learning rate of stage 2 take its place. The training loop (Algorithms 1 and 2) is train_stage
+in train.py; the optimizer and its settings (App. B) are there too.
 """
 import argparse
 import contextlib
@@ -44,16 +44,16 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------- the method
 
 class GenHancer(nn.Module):
-    """The paper's Fig. 3a: what Continuous and Discrete share.
+    """What Continuous and Discrete have in common (Fig. 3a).
 
     visual: an open_clip visual tower. autoencoder: a frozen AutoEncoder or VQGAN.
-    denoiser: a Flux or a Perceiver. projector_widths: {name: width of what [CLS] is projected to}.
-    local_ratio: the share of patch tokens that joins [CLS] in the condition (Fig. 5); the paper's
-    method has none.
+    denoiser: a Flux or a Perceiver. projector_widths: {projector: its output width}.
+    local_ratio: share of the patch tokens that join [CLS] in the condition (Fig. 5); 0 in the
+    paper's method.
 
-    `forward` returns each image's loss and its level of noise: its timestep t or its mask ratio.
-    The condition is `context`, tokens that the denoiser attends to, and for Flux also `vec`, the
-    vector that modulates it (both are FLUX's names). Random draws come from torch's default
+    `forward` returns each image's loss and its noise level: its timestep t or its mask ratio.
+    The condition is `context`, the tokens that the denoiser attends to, and for Flux also `vec`,
+    the vector that modulates it (both are FLUX's names). Random numbers come from torch's default
     generators.
     """
     token_side = 1  # a token of the denoiser covers 1 x 1 cells of the autoencoder's output
@@ -67,7 +67,7 @@ class GenHancer(nn.Module):
 
         side = image_side(visual)
         device = next(visual.parameters()).device
-        with torch.no_grad():  # the widths are read off the model
+        with torch.no_grad():  # the widths of the features are those of the model's output
             cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -80,21 +80,22 @@ class GenHancer(nn.Module):
         if self.num_locals:
             self.projectors["local"] = Projector(patches.shape[-1], projector_widths["context"])
         elif local_ratio > 0:
-            raise UserError(f"a local ratio of {local_ratio} is none of {patches.shape[1]} patch "
-                            "tokens: give a higher one, or 0")
+            raise UserError(f"a local ratio of {local_ratio} selects none of the "
+                            f"{patches.shape[1]} patch tokens: give a higher one, or 0")
 
     def set_stage(self, stage, lora=True, freeze_denoiser=False):
-        """Choose what trains, once. The autoencoder never does. ValueError for another stage.
+        """Choose what trains; call it once. ValueError for an unknown stage.
 
         stage 1:     projectors and denoiser; CLIP is frozen.
-        stage 2:     LoRA on the visual tower (without `lora` all of the tower, Fig. 8), projectors
-                     and denoiser (with `freeze_denoiser` not these two, Fig. 9).
-        stage "e2e": as stage 2 without `freeze_denoiser`, but nothing has been through stage 1
-                     (Fig. 6).
+        stage 2:     LoRA on the visual tower (without `lora`, the whole tower, Fig. 8), projectors
+                     and denoiser (these two are frozen with `freeze_denoiser`, Fig. 9).
+        stage "e2e": as stage 2, from a fresh denoiser and projectors (Fig. 6).
+
+        The autoencoder is always frozen.
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
-        self.requires_grad_(False)  # freezes CLIP; what trains is switched on below
+        self.requires_grad_(False)  # freezes CLIP and the autoencoder
         frozen = stage == 2 and freeze_denoiser
         self.denoiser.requires_grad_(not frozen)
         self.projectors.requires_grad_(not frozen)
@@ -106,7 +107,7 @@ class GenHancer(nn.Module):
         return self.train()
 
     def train(self, mode=True):
-        """Training mode, but for what is frozen."""
+        """Training mode for what trains; evaluation mode for what is frozen."""
         super().train(mode)
         for part in self.children():
             part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -121,10 +122,11 @@ class GenHancer(nn.Module):
             return self.visual(x), None
 
     def choose_locals(self, patches):
-        """Fig. 5: patch tokens (B, L, W) -> some of them, projected, and their positions.
+        """Fig. 5: patch tokens (B, L, W) -> a random subset, projected, and their positions.
 
-        (B, num_locals, width of the context), and (B, num_locals, 2): a patch's (row, column) on
-        the denoiser's grid. They are drawn anew at each call. The paper says nothing of positions.
+        Tokens (B, num_locals, context width) and positions (B, num_locals, 2): each patch's
+        (row, column) on the denoiser's grid. Each call draws another subset. The paper does not say
+        whether local tokens carry their positions; here they do.
         """
         order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)
         chosen = order[:, :self.num_locals]                               # (B, num_locals)
@@ -134,7 +136,7 @@ class GenHancer(nn.Module):
         row_column = torch.stack([chosen // grid, chosen % grid], dim=-1)
         patch_pixels = image_side(self.visual) // grid
         token_pixels = self.autoencoder.factor * self.token_side
-        # A patch's centre, in tokens of the denoiser, whose own centres are at 0, 1, 2, ...
+        # The centre of a patch, in units of the denoiser's tokens, whose centres are 0, 1, 2, ...
         position = (row_column + 0.5) * patch_pixels / token_pixels - 0.5
         return tokens, position
 
@@ -142,7 +144,7 @@ class GenHancer(nn.Module):
 class Continuous(GenHancer):
     """Fig. 3b: rectified flow on VAE latents.
 
-    [CLS] modulates all blocks; that it is the context token too is the official code's way.
+    [CLS] modulates all blocks (the paper), and it is the context token, too (the official code).
     """
     token_side = 2
 
@@ -162,22 +164,22 @@ class Continuous(GenHancer):
         self.scale = scale
 
     def condition(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> the condition, as keyword arguments of the denoiser."""
+        """Images (B, 3, H, W) in [0, 1] -> the condition, as the denoiser's keyword arguments."""
         cls, patches = self.encode_clip(images)
-        context = self.projectors["context"](cls)[:, None]                # (B, 1, 4096)
-        vec = self.projectors["vec"](cls)                                 # (B, 768)
+        context = self.projectors["context"](cls)[:, None]                # (B, 1, context_in_dim)
+        vec = self.projectors["vec"](cls)                                 # (B, vec_in_dim)
         if patches is None:
             return {"context": context, "vec": vec}
         tokens, position = self.choose_locals(patches)
-        context = torch.cat([context, tokens], dim=1)                     # (B, 1 + n, 4096)
+        context = torch.cat([context, tokens], dim=1)                     # (B, 1 + num_locals, ...)
         context_ids = position.new_zeros(*context.shape[:2], 3)           # [CLS] stays at zero
         context_ids[:, 1:, 1:] = position                                 # (0, row, column)
         return {"context": context, "vec": vec, "context_ids": context_ids}
 
     def forward(self, images, condition_images=None):
-        """Images (B, 3, H, W) in [0, 1] -> each image's loss (B,) and its timestep (B,).
+        """Images (B, 3, H, W) in [0, 1] -> each image's loss (B,) and timestep (B,).
 
-        condition_images: other images to take the condition from, as a control.
+        condition_images: as a control, other images that supply the condition.
         """
         condition = self.condition(images if condition_images is None else condition_images)
         latents = self.autoencoder.encode(2 * images - 1)                 # (B, 16, H/8, W/8)
@@ -188,9 +190,9 @@ class Continuous(GenHancer):
 
     @torch.no_grad()
     def reconstruct(self, images, steps=20):
-        """Rebuild square images (B, 3, H, W) in [0, 1] from their condition alone.
+        """Reconstruct square images (B, 3, H, W) in [0, 1] from their condition alone.
 
-        From noise, Euler steps follow the predicted velocity.
+        Euler's method follows the predicted velocity from noise to data.
         """
         mode = self.training
         self.eval()
@@ -201,13 +203,13 @@ class Continuous(GenHancer):
         times = torch.linspace(1, 0, steps + 1, device=images.device)
         for t, next_t in zip(times[:-1], times[1:], strict=True):
             velocity = self.denoiser(x, t.expand(len(x)), **condition).float()
-            x = x + (next_t - t) * velocity  # Eq. 1: dx/dt = v, from t = 1 (noise) to t = 0 (data)
+            x = x + (next_t - t) * velocity  # Sec. 3: dx/dt = v, from t = 1 (noise) to t = 0 (data)
         self.train(mode)
         return to_unit_range(self.autoencoder.decode(x))
 
 
 class Discrete(GenHancer):
-    """Fig. 3c: masked VQ-GAN tokens. [CLS] is one of the keys and values of the cross-attention."""
+    """Fig. 3c: prediction of masked VQ-GAN tokens, which attend to each other and to [CLS]."""
 
     def __init__(self, visual, autoencoder, denoiser, mask_ratio=(0.5, 0.9), local_ratio=0.0):
         widths = {"context": denoiser.config.width}
@@ -225,9 +227,9 @@ class Discrete(GenHancer):
         return torch.cat([context, tokens], dim=1)
 
     def forward(self, images, condition_images=None):
-        """Images (B, 3, H, W) in [0, 1] -> each image's loss (B,) and its mask ratio (B,).
+        """Images (B, 3, H, W) in [0, 1] -> each image's loss (B,) and mask ratio (B,).
 
-        condition_images: other images to take the condition from, as a control.
+        condition_images: as a control, other images that supply the condition.
         """
         context = self.condition(images if condition_images is None else condition_images)
         indices = self.autoencoder.encode(2 * images - 1).flatten(1)      # (B, N)
@@ -239,9 +241,9 @@ class Discrete(GenHancer):
 
     @torch.no_grad()
     def reconstruct(self, images, steps=20, mask_ratio=1.0):
-        """Rebuild images (B, 3, H, W) in [0, 1] from their condition and their unmasked tokens.
+        """Reconstruct images (B, 3, H, W) in [0, 1] from their condition and unmasked tokens.
 
-        By default all tokens are masked, more than in training.
+        By default all tokens are masked, which is more than in training.
         """
         mode = self.training
         self.eval()
@@ -256,8 +258,8 @@ class Discrete(GenHancer):
     def fill_in(self, indices, mask, context, steps, temperature=4.5):
         """Indices (B, N) with the masked ones predicted: MaskGIT's decoding (Chang et al. 2022).
 
-        Each step samples all masked tokens and keeps the surest, on a cosine schedule. A single
-        step takes the likeliest. The mask must hide equally many tokens of each image.
+        Each step samples all masked tokens and keeps the most confident, on a cosine schedule. A
+        single step takes the argmax. The mask must hide as many tokens in every image.
         """
         start = remaining = int(mask[0].sum())
         for step in range(1, steps + 1):
@@ -271,11 +273,11 @@ class Discrete(GenHancer):
             still_masked = int(start * math.cos(math.pi / 2 * step / steps))
             confidence = logits.log_softmax(-1).gather(2, choice[..., None])[..., 0]
             uniform = torch.rand_like(confidence).clamp_min(1e-9)
-            gumbel = -torch.log(-torch.log(uniform))  # it fades with the steps
-            confidence = confidence + temperature * (1 - step / steps) * gumbel
+            gumbel = -torch.log(-torch.log(uniform))
+            confidence = confidence + temperature * (1 - step / steps) * gumbel  # annealed to 0
             scores = confidence.masked_fill(~mask, -torch.inf)
-            surest = scores.topk(remaining - still_masked).indices
-            mask = mask.scatter(1, surest, False)
+            accepted = scores.topk(remaining - still_masked).indices
+            mask = mask.scatter(1, accepted, False)
             remaining = still_masked
             if remaining == 0:
                 break
@@ -304,9 +306,9 @@ def to_unit_range(images):
 # ---------------------------------------------------------------------------------- the equations
 
 def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
-    """n timesteps in (0, 1), float32: scaled logit-normal (Eq. 6, 7) or "uniform" (Table 4).
+    """n timesteps in (0, 1), float32: "logit-normal" (Eq. 6, 7) or "uniform" (Table 4).
 
-    A smaller scale gathers them around 0.5. ValueError for another distribution.
+    A smaller scale concentrates the logit-normal around 0.5. ValueError for another distribution.
     """
     if distribution == "logit-normal":
         eps = torch.randn(n, device=device)
@@ -319,9 +321,9 @@ def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
 
 
 def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=None):
-    """Eq. 3: the squared error of the predicted velocity, each image's mean, (B,).
+    """Eq. 3: the mean squared error of each image's predicted velocity, (B,).
 
-    latents and noise (B, C, h, w), t (B,); the condition is as Flux.forward takes it.
+    latents and noise (B, C, h, w), t (B,); context, vec and context_ids as Flux.forward takes them.
     """
     time = t.view(-1, 1, 1, 1)
     noisy = (1 - time) * latents + time * noise                  # Eq. 1, 3: x_t = (1 - t) x + t eps
@@ -332,10 +334,8 @@ def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=N
 
 
 def sample_masks(b, n, low, high, device=None):
-    """Masks over the n tokens of b images, (b, n) bool. A mask ratio is uniform in [low, high].
-
-    Exactly round(ratio * n) tokens of an image are hidden, and at least one.
-    """
+    """Masks over the n tokens of b images, (b, n) bool; each image's ratio is uniform in
+    [low, high], and exactly max(1, round(ratio * n)) of its tokens are masked."""
     ratio = low + (high - low) * torch.rand(b, 1, device=device)
     count = (ratio * n).round().clamp(min=1)
     place = torch.rand(b, n, device=device).argsort(dim=1)  # a permutation
@@ -345,8 +345,8 @@ def sample_masks(b, n, low, high, device=None):
 def masked_token_loss(logits, indices, mask):
     """Eq. 4, which is Eq. 2 for masked tokens: - log p(s_i | unmasked tokens, condition), (B,).
 
-    An image's sum is divided by the number of its masked tokens, so that every image counts alike.
-    logits (B, N, K), indices (B, N), mask (B, N).
+    Each image's mean over its masked tokens, so that all images have the same weight.
+    logits (B, N, K), indices (B, N), mask (B, N) bool.
     """
     losses = F.cross_entropy(logits.float().mT, indices, reduction="none")    # (B, N)
     return (losses * mask).sum(1) / mask.sum(1)
@@ -355,7 +355,7 @@ def masked_token_loss(logits, indices, mask):
 # ------------------------------------------------------------------------------ projector and LoRA
 
 class Projector(nn.Sequential):
-    """CLIP's features (..., D) -> the denoiser's condition (..., out), as in the official code."""
+    """CLIP's features (..., D) -> the denoiser's condition (..., out_features); official code."""
 
     def __init__(self, in_features, out_features):
         super().__init__(
@@ -367,11 +367,11 @@ class Projector(nn.Sequential):
 
 
 def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
-    """Freeze a visual tower and put LoRA on all its linear weights (App. B gives the settings).
+    """Freeze a visual tower and add LoRA to all of its linear layers (rank, alpha: App. B).
 
-    Which weights is the official code's choice: q, k, v, out and both MLP layers of every block,
-    and visual.proj; of SigLIP (a TimmModel) the pooling head's too, which is ours. Returns the
-    number of adapted matrices; ValueError if there is none, or LoRA already.
+    As in the official code, these are q, k, v, out and both MLP layers of every block, visual.proj,
+    and the MLP of SigLIP's pooling head; adapting that head's attention as well is our choice.
+    Returns the number of adapted matrices. ValueError if there are none, or if the tower has LoRA.
     """
     if any(isinstance(module, LoRALinear) for module in visual.modules()):
         raise ValueError("the tower has LoRA already")
@@ -393,14 +393,14 @@ def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
         count += 1
     if count == 0:
         raise ValueError(f"no linear layer to adapt in {type(visual).__name__}")
-    visual.train(visual.training)  # new modules start in training mode
+    visual.train(visual.training)  # the new modules are created in training mode
     return count
 
 
 def merge_lora(visual):
-    """Add LoRA to the weights that it adapts, in float32, and put the original modules back.
+    """Merge LoRA into the weights that it adapts, in float32, and restore the original modules.
 
-    Afterwards the modules' types and the names in the state dict are those of before inject_lora.
+    The types of the modules and the keys of the state dict are then as before inject_lora.
     """
     for name, child in list(visual.named_children()):
         if isinstance(child, LoRAProj):  # which is a LoRALinear: merged below
@@ -415,7 +415,7 @@ def merge_lora(visual):
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B A dropout(x), with B = 0 at the start (Hu et al. 2022).
 
-    A layer that packs several matrices, as q, k and v, gets an adapter for each.
+    A layer that packs several matrices, such as q, k and v, has an adapter for each.
     """
 
     def __init__(self, base, rank, alpha, dropout, parts=1):
@@ -440,7 +440,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """The base, with the adapters added to its weight in float32."""
+        """The base layer, with the adapters added to its weight in float32."""
         low = self.lora_A.unflatten(0, (self.parts, -1))                  # (parts, rank, in)
         delta = torch.bmm(self.lora_B, low).flatten(0, 1)                 # (parts * out, in)
         self.base.weight += self.scale * delta
@@ -450,14 +450,14 @@ class LoRALinear(nn.Module):
 class LoRAAttention(nn.Module):
     """nn.MultiheadAttention (self-attention, batch first) with LoRA on q, k, v and out.
 
-    That module reads the weights of its layers without calling them, so that a wrapper around its
-    out_proj would never run: this one replaces it whole. It is called as nn.MultiheadAttention is;
-    key and value are x itself, and no attention weights are returned.
+    nn.MultiheadAttention reads the weights of its layers without calling them, so that a wrapper
+    around out_proj would never run: this module replaces it. It is called in the same way; key and
+    value are x itself, and no attention weights are returned.
     """
 
     def __init__(self, attn, rank, alpha, dropout):
         super().__init__()
-        self.original = [attn]  # in a list, so that its parameters are not registered twice
+        self.original = [attn]  # in a list: a submodule's parameters would be registered twice
         qkv = nn.Linear(attn.embed_dim, 3 * attn.embed_dim, device="meta")
         qkv.weight = attn.in_proj_weight
         qkv.bias = attn.in_proj_bias
@@ -471,7 +471,7 @@ class LoRAAttention(nn.Module):
 
     def merge(self):
         """The original module, with the adapters added to its weights."""
-        self.qkv.merge()  # in place, and these are the original's own weights
+        self.qkv.merge()  # in place: the weights are those of the original module
         self.out.merge()
         return self.original[0]
 
@@ -485,7 +485,7 @@ class LoRAProj(LoRALinear):
         super().__init__(base, rank, alpha, dropout)
 
     def __rmatmul__(self, pooled):
-        """pooled @ self, as open_clip writes it: a tensor leaves the product to this module."""
+        """`pooled @ self`, as open_clip writes it: a tensor defers to this method."""
         return self(pooled)
 
     def merge(self):
@@ -497,7 +497,7 @@ class LoRAProj(LoRALinear):
 
 @dataclass
 class FluxConfig:
-    """FLUX.1-dev's fields. The paper takes 2 + 4 of its 19 + 38 blocks (Sec. 5.1)."""
+    """FLUX.1-dev's fields. The paper has 2 + 4 blocks, where FLUX.1-dev has 19 + 38 (Sec. 5.1)."""
     in_channels: int = 64           # 16 latent channels x 2 x 2 of a patch
     vec_in_dim: int = 768           # the projected [CLS] that modulates
     context_in_dim: int = 4096      # the context tokens: the projected [CLS], and any local ones
@@ -515,10 +515,11 @@ class FluxConfig:
 class Flux(nn.Module):
     """The continuous denoiser (Sec. 4.4, Fig. 3b): 1,310,154,816 parameters, the paper's 1.31B.
 
-    Its parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
-    strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents, and `txt` for
-    the context tokens, which hold [CLS] and no text. The gates start as PyTorch has them, as in the
-    official code, and not at zero. ValueError if axes_dim does not fill a head.
+    The parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
+    strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents and `txt` for
+    the context tokens, which are [CLS] and no text. As in the official code, all layers have
+    PyTorch's default initialisation: the gates do not start at zero. ValueError if axes_dim does
+    not sum to the width of a head.
     """
 
     def __init__(self, config):
@@ -544,8 +545,8 @@ class Flux(nn.Module):
         """The velocity (B, C, h, w) at noisy latents (B, C, h, w), h and w even.
 
         t (B,) in [0, 1]; context (B, L, context_in_dim); vec (B, vec_in_dim).
-        context_ids (B, L, 3): rotary positions of the context tokens, (0, row, column) in patches;
-        zeros by default.
+        context_ids (B, L, 3): rotary positions of the context tokens, (0, row, column) in units of
+        patches; zeros by default.
         """
         rows, columns = latents.shape[2] // 2, latents.shape[3] // 2      # of patches
         n = context.shape[1]
@@ -567,7 +568,7 @@ class Flux(nn.Module):
         return unpatchify(self.final_layer(x[:, n:], embedding), rows, columns)
 
     def embed_time(self, t, guidance):
-        """t (B,) and the guidance -> (B, hidden), in float32 as the sinusoids of 1000 t need."""
+        """t (B,) and the guidance -> (B, hidden), in float32: bf16 would round 1000 t."""
         with torch.autocast(t.device.type, enabled=False):
             x = self.time_in(timestep_embedding(t))
             if self.config.guidance_embed:
@@ -611,10 +612,11 @@ def rotary_table(ids, axes_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions of x (B, heads, L, D), on pairs of neighbouring features, in float32."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([cos * a - sin * b, sin * a + cos * b], dim=-1)
-    return turned.flatten(-2)
+    """Rotary embedding of x (B, heads, L, D), on pairs of neighbouring features, in float32."""
+    pairs = x.unflatten(-1, (-1, 2))                                      # (B, heads, L, D/2, 2)
+    a, b = pairs.unbind(-1)
+    rotated = [cos * a - sin * b, sin * a + cos * b]
+    return torch.stack(rotated, dim=-1).flatten(-2)
 
 
 def split_heads(qkv, heads):
@@ -624,7 +626,7 @@ def split_heads(qkv, heads):
 
 
 def attend(q, k, v, rotary):
-    """Attention with rotary positions, each input (B, heads, L, D): (B, L, heads * D)."""
+    """Attention with rotary positions: q, k and v, each (B, heads, L, D) -> (B, L, heads * D)."""
     q = rotate(q, *rotary).to(v.dtype)
     k = rotate(k, *rotary).to(v.dtype)
     attn = F.scaled_dot_product_attention(q, k, v)                        # (B, heads, L, D)
@@ -632,13 +634,13 @@ def attend(q, k, v, rotary):
 
 
 def modulate(x, shift, scale):
-    """AdaLN: a LayerNorm without weights of its own; shift and scale come from a Modulation."""
+    """AdaLN: LayerNorm without parameters, whose shift and scale come from a Modulation."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x * (1 + scale) + shift
 
 
 class Modulation(nn.Module):
-    """t, guidance and [CLS] embedded (B, hidden) -> n shifts, scales and gates (B, 1, hidden)."""
+    """Embedding of t, guidance and [CLS] (B, hidden) -> n shifts, scales, gates (B, 1, hidden)."""
 
     def __init__(self, hidden, n):
         super().__init__()
@@ -651,7 +653,7 @@ class Modulation(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """MM-DiT: image and context tokens have weights of their own and meet in the attention."""
+    """MM-DiT: image and context tokens have separate weights and joint attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -684,7 +686,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Single-DiT: attention and MLP side by side over all tokens."""
+    """Single-DiT: attention and MLP in parallel, over all tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -723,7 +725,7 @@ class LastLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The layers of one stream; the attention itself joins both and is in DoubleStreamBlock."""
+    """The attention layers of one stream; DoubleStreamBlock computes the joint attention."""
 
     def __init__(self, hidden, heads, qkv_bias):
         super().__init__()
@@ -738,7 +740,7 @@ class SelfAttention(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys; the values pass unchanged."""
+    """RMSNorm of queries and keys; the values are unchanged."""
 
     def __init__(self, dim):
         super().__init__()
@@ -784,7 +786,7 @@ def mlp(hidden, ratio, approximate="tanh"):
 
 
 def run_block(model, block, *inputs):
-    """block(*inputs); recomputed in the backward pass if the model's grad_checkpointing is set."""
+    """block(*inputs), with gradient checkpointing if the model's grad_checkpointing is set."""
     if model.grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -794,7 +796,7 @@ def run_block(model, block, *inputs):
 
 @dataclass
 class PerceiverConfig:
-    """The paper gives 6 layers (Sec. 5.1) and no width: 1024 and 16 heads, as ViT-L, are ours."""
+    """The paper has 6 layers (Sec. 5.1) and gives no width: ViT-L's 1024 and 16 heads are ours."""
     n_embed: int = 16384   # entries of the codebook
     embed_dim: int = 256   # width of a codebook vector
     width: int = 1024
@@ -806,18 +808,18 @@ class PerceiverConfig:
 class Perceiver(nn.Module):
     """The discrete denoiser (Sec. 4.4, Fig. 3c): masked tokens from the unmasked ones and [CLS].
 
-    The paper's queries are "the unmasked tokens"; its keys and values are these and [CLS]. Where it
-    is silent, this is our choice. Masked positions stay in the sequence as one learned [MASK]
-    vector, since a query is needed wherever a token is predicted; so they are keys and values too.
-    A token enters as its frozen codebook vector, at unit scale, through a linear layer, plus a
-    fixed 2-D sin-cos position. The width is 1024; pre-norm.
+    In the paper the queries are "the unmasked tokens", and the keys and values are these and [CLS].
+    The rest is our choice. Masked tokens stay in the sequence as one learned [MASK] vector, since a
+    prediction needs a query at its position; so they are keys and values, too. A token enters as
+    its frozen codebook vector, scaled to unit standard deviation, through a linear layer, plus a
+    fixed 2-D sin-cos position. The layers are pre-norm.
     """
 
     def __init__(self, config, codebook):
         """codebook (n_embed, embed_dim): the VQ-GAN's, frozen, and not saved with the denoiser."""
         super().__init__()
         self.config = config
-        codes = codebook.detach() / codebook.detach().std()  # its own scale must not matter
+        codes = codebook.detach() / codebook.detach().std()  # codebooks differ in their scale
         self.register_buffer("codebook", codes, persistent=False)
         self.token_in = nn.Linear(config.embed_dim, config.width)
         self.mask_token = nn.Parameter(torch.zeros(config.width))
@@ -827,9 +829,10 @@ class Perceiver(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, indices, mask, context):
-        """Logits (B, N, K) of the K codes at all positions, of which the masked ones are trained.
+        """Logits (B, N, K) over the K codes, at all positions.
 
-        indices (B, N); the masked ones are not read. mask (B, N) bool. context (B, L, width).
+        indices (B, N), N a square number; the masked ones have no influence. mask (B, N) bool.
+        context (B, L, width).
         """
         codes = F.embedding(indices, self.codebook)                       # (B, N, embed_dim)
         x = self.token_in(codes)                                          # (B, N, width)
@@ -878,27 +881,26 @@ def sincos_embedding(position, dim):
 
 
 def grid_positions(rows, columns, device):
-    """(row, column) of every cell of a grid, row by row: (rows * columns, 2)."""
+    """The (row, column) of each cell of a grid, row by row: (rows * columns, 2)."""
     return torch.cartesian_prod(
         torch.arange(rows, device=device), torch.arange(columns, device=device))
 
 
-# --------------------------------------------- what all programs share: mistakes, files, commands
+# ------------------------------------------------ shared by all programs: errors, files, commands
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line: what, where, what to do."""
+    """A mistake that the user can fix. Its message is one line: what, where, what to do."""
 
 
-SEAL = "genhancer"  # the entry of a file's metadata with its checksum and what is said about it
+SEAL = "genhancer"  # the key of write_weights' entry in a file's metadata
 
 
 def read_weights(path, what, hint=""):
-    """The tensors of a safetensors file by name, and what write_weights was told about them, else
-    nothing: two dictionaries.
+    """Two dictionaries: the tensors of a safetensors file, and the `about` that write_weights
+    stored with them ({} in the files of other programs).
 
-    The tensors are views of the file: they take no memory that the system could not take back.
-    Raises UserError with `what`, the path and the `hint` if there is no such file, a part of it, or
-    if write_weights wrote it and it is damaged.
+    The tensors are memory-mapped. Raises UserError with `what`, the path and the `hint` if the file
+    is missing, incomplete, or does not match the checksum that write_weights stored.
     """
     advice = f": {hint}" if hint else ""
     if not os.path.isfile(path):
@@ -916,10 +918,10 @@ def read_weights(path, what, hint=""):
     try:
         seal = json.loads(about[SEAL])
         whole = seal["crc32"] == checksum(tensors, seal["about"])
-    except (ValueError, KeyError, TypeError):  # the seal is what is damaged
+    except (ValueError, KeyError, TypeError):  # the entry itself is damaged
         whole = False
     if not whole:
-        raise UserError(f"{what}: {path} is damaged, as its checksum tells{advice}")
+        raise UserError(f"{what}: {path} is damaged (its checksum does not match){advice}")
     return tensors, seal["about"]
 
 
@@ -956,9 +958,9 @@ def read_pickle(path, what):
 
 
 def write_weights(path, tensors, about=None):
-    """Write tensors as safetensors, with what is said `about` them and a checksum of both.
+    """Write tensors as safetensors, with `about` (JSON) and a checksum of both in the metadata.
 
-    The bytes follow from these alone.
+    The bytes of the file depend on the arguments alone.
     """
     about = about or {}
     seal = {"about": about, "crc32": checksum(tensors, about)}
@@ -966,7 +968,7 @@ def write_weights(path, tensors, about=None):
 
 
 def checksum(tensors, about=None):
-    """The CRC-32 of tensors, their names, kinds and shapes, and of what is said about them."""
+    """CRC-32 of the tensors, of their names, dtypes and shapes, and of `about`."""
     crc = zlib.crc32(json.dumps(about or {}, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
@@ -976,10 +978,10 @@ def checksum(tensors, about=None):
 
 
 def load_strictly(module, tensors, path, what):
-    """Copy tensors, by name, into a module, or into a mapping from name to tensor; return that.
+    """Copy tensors by name into a module, or into a dictionary of tensors, and return it.
 
-    Every name, shape and kind must fit, and every value must be finite; else UserError with `what`,
-    the path, and the first name that does not fit.
+    All names and shapes must match, and all values must be finite: else UserError with `what`, the
+    path, and the first tensor that does not match.
     """
     targets = module.state_dict() if isinstance(module, nn.Module) else module
     for name in sorted(targets.keys() | tensors.keys()):
@@ -994,7 +996,7 @@ def load_strictly(module, tensors, path, what):
 
 
 def describe(value):
-    """What load_strictly compares of two values: the shape, and the type of what is no float."""
+    """What load_strictly compares: the shape, and the dtype if it is not floating-point."""
     if value is None:
         return "absent"
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -1004,7 +1006,7 @@ def describe(value):
 
 
 def check_writable(path):
-    """Notice a file that cannot be written before minutes of work."""
+    """Raise UserError early if a file cannot be written."""
     folder = os.path.dirname(os.path.abspath(path))
     if path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path} cannot be written: name a file")
@@ -1012,31 +1014,31 @@ def check_writable(path):
         os.makedirs(folder, exist_ok=True)
         tempfile.NamedTemporaryFile(prefix=os.path.basename(path), dir=folder).close()
     except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}): mend its folder or name another"
+        message = f"{path} cannot be written ({error.strerror}): name another file"
         raise UserError(message) from None
 
 
 def write_file(path, write):
-    """Write a file so that `path` always holds all of its old content or all of its new.
+    """Write a file atomically: `path` holds either its old content or its new.
 
-    `write(part)` writes the file `part` beside it, which is synced and moved into place. Raises
-    UserError if any of this fails; no part of it stays behind.
+    `write(part)` writes the file `part` in the same folder, which is then synced and moved into
+    place. Raises UserError if any of this fails, and removes the part.
     """
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f".part-{name}")
     try:
         os.makedirs(folder, exist_ok=True)
         open(part, "wb").close()
-        permissions = os.stat(part).st_mode  # as the umask has them; safetensors' are 0600
+        permissions = os.stat(part).st_mode  # the umask's; safetensors writes 0600
         write(part)
-        with contextlib.suppress(OSError):  # some file systems, as of buckets, have no permissions
+        with contextlib.suppress(OSError):  # bucket mounts and CIFS have no permissions
             os.chmod(part, permissions)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        advice = "make room or mend its folder, then run the same command again"
+        advice = "free some space or fix the folder, then run the same command again"
         raise UserError(f"{path} could not be written ({reason}): {advice}") from None
     finally:
         if os.path.exists(part):
@@ -1052,8 +1054,8 @@ def write_json(path, content):
 
 
 def write_tensors(path, tensors, metadata):
-    """Write tensors as safetensors, for other programs; with one entry of metadata at most, since
-    several come in any order."""
+    """Write tensors as safetensors. `metadata` has one entry at most: the order of several is
+    random, and so would be the bytes of the file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_file(path, lambda part: save_file(tensors, part, metadata))
 
@@ -1065,7 +1067,7 @@ def read_json(path, *keys):
         if isinstance(content, dict):
             content = next((content[key] for key in keys if content.get(key)), content)
         if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("not an object")
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({first_line(error)})") from None
@@ -1079,12 +1081,12 @@ def number(kind, low, high=sys.float_info.max):
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return value
 
-    parse.__name__ = "number"  # argparse names it in its message
+    parse.__name__ = "number"  # for argparse's message
     return parse
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError, so that a mistake in the usage is one line."""
+    """An argument parser that raises UserError, and takes no empty value."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
@@ -1098,12 +1100,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(program, run, argv=None):
-    """The main function of every program: run(argv), which a UserError ends in one line, status 2.
+    """The main function of every program: run(argv). A UserError is printed as one line, with exit
+    status 2.
 
-    A UserError out of a DataLoader's worker holds a whole traceback, and its message at the end.
+    The message of a UserError from a DataLoader worker comes at the end of a traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot encode
     try:
         if sys.version_info < (3, 11):  # noqa: UP036 (pip may install for an older one)
             raise UserError(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}")
@@ -1113,7 +1116,7 @@ def run_command(program, run, argv=None):
         sys.exit(130)
     except UserError as error:
         message = str(error).rpartition("UserError: ")[2].strip()
-        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar
+        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # keeps progress bars intact
         sys.exit(2)
 
 
@@ -1123,10 +1126,10 @@ def first_line(error):
 
 
 def escape(text):
-    """`text` with an escape for each character that a terminal would obey or cannot show."""
+    """`text` with control and other non-printable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def start_method():
-    """How to start worker processes: on CUDA not by a fork, which would copy what CUDA holds."""
+    """How to start worker processes: a fork would copy the state of CUDA, which breaks it."""
     return "forkserver" if torch.cuda.is_available() else None
