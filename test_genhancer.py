@@ -1488,7 +1488,7 @@ def test_the_codebook_is_brought_to_unit_scale_not_trained_and_not_saved(scale):
     (lambda _: gh.inject_lora(nn.Conv2d(3, 3, 1)), ValueError, "no linear layer to adapt"),
     (lambda w: gh.inject_lora(with_lora(w, "tiny-clip")), ValueError, "has LoRA already"),
     (lambda w: tiny_model(w).set_stage(3), ValueError, "unknown stage 3"),
-    (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 is none of 16 patch tokens"),
+    (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 selects none of the 16 patch tokens"),
 ])
 def test_the_impossible_is_refused(world, call, error, words):
     with pytest.raises(error, match=words):
@@ -1992,7 +1992,7 @@ def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys)
 
 
 INDEX = "model.safetensors.index.json"
-NO_OBJECT = "cannot be read as JSON (it holds no object)"
+NO_OBJECT = "cannot be read as JSON (not an object)"
 
 
 @pytest.mark.parametrize("file, text, says", [
@@ -2265,12 +2265,12 @@ def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path, da
     with tarfile.open(shard) as tar:
         starts = [member.offset for member in tar]
     damage(shard, starts)
-    refused(lambda shard: open_images([shard], tmp_path), shard, "fetch it again")
+    refused(lambda shard: open_images([shard], tmp_path), shard, "download it again")
     assert not (tmp_path / "index.safetensors").exists()
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda shard: os.truncate(shard, 2000), "has another size than when it was indexed"),
+    (lambda shard: os.truncate(shard, 2000), "does not have the size that was indexed"),
     (os.remove, "cannot be read (No such file"),
 ])
 def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, change, says):
@@ -2304,10 +2304,10 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).touch()
     assert train.find_images([str(data)]) == ([], [f"{data}/{name}" for name in images])
-    assert f"data: 6 files that are neither images nor .tar are left out, {data}/a.svg among" in (
+    assert f"data: 6 files that are neither images nor .tar shards are ignored, such as {data}/a.svg" in (
         capsys.readouterr().out)
     (data / "0.tar").touch()
-    refused(lambda path: train.find_images([str(path)]), data, "1 tar shards and 3 images", "alone")
+    refused(lambda path: train.find_images([str(path)]), data, "both 1 tar shards", "and 3 images", "name one kind")
     for name in images[1:]:
         (data / name).unlink()
     # Beside shards, a file without a suffix is no image, and Parquet of the same name is metadata.
@@ -2927,14 +2927,14 @@ DAMAGE = {
     ("older", [8, 7, 6], [4]),
     ("another model's", [6], [4]),
 ])
-def test_damaged_checkpoints_are_passed_over(
+def test_damaged_checkpoints_are_skipped(
         world, stub_run, stopped, tmp_path, capsys, damage, steps, start):
     """Also by a run that goes on with its data elsewhere."""
     for step in steps:
         DAMAGE[damage](stopped / "stage1" / f"step-{step:08}.safetensors")
     moved = shutil.copytree(world / "data", tmp_path / "moved")
     said = go_on(world, stub_run, stopped, capsys, start, "--data", moved)
-    assert [int(step) for step in re.findall("step-0*([0-9]+).*passed over", said)] == steps
+    assert [int(step) for step in re.findall("step-0*([0-9]+).*: skipped", said)] == steps
 
 
 @pytest.mark.parametrize("damage", ["a bit", "end", "empty"])
@@ -3043,7 +3043,7 @@ def test_bad_images_are_counted_and_a_killed_run_draws_the_same_for_them(world, 
     each_image_once = ("--data", write_bad_data(tmp_path / "data", 30), "--steps", 15)
     rows = read_log(train_stub(world, tmp_path / "whole", *each_image_once))
     assert rows[-1]["undecodable"] == "2"
-    assert capsys.readouterr().err.count("another stands in: ") == 2
+    assert capsys.readouterr().err.count("replaced by another: ") == 2
     killed = (world, tmp_path / "killed", *each_image_once)
     in_a_process(tmp_path / "said", killed_at, 12, train_stub, *killed).join()
     train_stub(*killed)
@@ -3426,12 +3426,12 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
 @pytest.mark.parametrize("typed, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--width 100", "--width 100 must be a multiple of 128"),
-    ("--mask-ratio 0.9 0.5", "the low end comes first"),
-    ("--shuffle-target --batch-size 1", "give --batch-size 2 or more"),
-    ("--shard", "start it with torchrun"),
-    ("--stage e2e --freeze-denoiser", "--freeze-denoiser belongs to stage 2"),
+    ("--mask-ratio 0.9 0.5", "give the lower ratio first"),
+    ("--shuffle-target --batch-size 1", "use --batch-size 2 or more"),
+    ("--shard", "use torchrun"),
+    ("--stage e2e --freeze-denoiser", "--freeze-denoiser is for stage 2"),
     ("--stage all --lr 1", "belong to one stage"),
-    ("--preset bench --steps 1", "--preset bench counts in --steps"),
+    ("--preset bench --steps 1", "--preset bench measures one --stage"),
     ("--out WORLD/tiny-clip.json", "--out .*tiny-clip.json cannot be written"),
     ("--out WORLD/tiny-clip.json/below", "--out .*below cannot be written"),
     (f"--out {300 * 'x'}", "--out x+ cannot be written"),
@@ -3441,7 +3441,7 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
-    ("--vae WORLD/vae64.safetensors", "sees 32 pixels, and the denoiser's tokens are 64"),
+    ("--vae WORLD/vae64.safetensors", "32 pixels wide, which is no multiple of a denoiser's token .64."),
     ("--denoiser perceiver --vqgan nowhere", "VQ-GAN weights not found at '?nowhere"),
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
@@ -3450,9 +3450,9 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--val nowhere", "data not found at nowhere"),
     ("--init nowhere", "FLUX's weights not found at 'nowhere'"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
-    ("--stage 2", "run --stage 1 first"),
+    ("--stage 2", "run --stage 1 .again."),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
-    ("--stage 2 --init WORLD/damaged.safetensors", "is damaged.*: run --stage 1 first, or again"),
+    ("--stage 2 --init WORLD/damaged.safetensors", "is damaged.*: run --stage 1 .again."),
     ("--stage all", "Questions.csv not found"),
     ("--stage all --zeroshot folder:nowhere --benchmark WORLD/mmvp", "one subfolder per class"),
 ])
@@ -3515,8 +3515,8 @@ def test_a_run_goes_on_with_its_own_settings_only(world, stub_run, capsys, typed
 @pytest.mark.parametrize("stage, option, key, says", [
     (1, "--clip-weights", "visual.proj", "checksum of the CLIP was"),
     (1, "--vqgan", "quantize.embedding.weight", "checksum of the autoencoder was"),
-    (2, "--clip-weights", "visual.proj", "stage 2 has another CLIP than"),
-    (2, "--vqgan", "quantize.embedding.weight", "stage 2 has another autoencoder than"),
+    (2, "--clip-weights", "visual.proj", "was trained with another CLIP"),
+    (2, "--vqgan", "quantize.embedding.weight", "was trained with another autoencoder"),
     (2, "--init", "denoiser.head.bias", "checksum of the weights to start from was"),
 ])
 def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, option, key, says):

@@ -194,7 +194,7 @@ def add_method_options(add):
 
 STAGES = {"1": [1], "2": [2], "e2e": ["e2e"], "all": [1, 2]}
 
-DEFAULTS = [  # where these choices are made, these are the defaults; a later line wins
+DEFAULTS = [  # (choices, the defaults under them); later ones override earlier ones
     ({}, dict(epochs=1.0)),
     ({"denoiser": "perceiver"}, dict(width=1024)),
     ({"stage": 2}, dict(lr=1e-5)),
@@ -207,7 +207,7 @@ DEFAULTS = [  # where these choices are made, these are the defaults; a later li
     ({"preset": "toy", "stage": 1}, dict(steps=250, lr=2e-3)),
     ({"preset": "toy", "stage": 2}, dict(steps=130, lr=1e-3, lr_clip=4e-4)),
     ({"preset": "toy", "stage": "e2e"}, dict(steps=380, lr=2e-3, lr_clip=4e-4)),
-    # In as many steps as rf, the perceiver moves CLIP less.
+    # The perceiver changes CLIP less per step than rf.
     ({"preset": "toy", "denoiser": "perceiver", "stage": 1}, dict(steps=350)),
     ({"preset": "toy", "denoiser": "perceiver", "stage": 2}, dict(steps=150)),
     ({"preset": "toy", "denoiser": "perceiver", "stage": "e2e"}, dict(steps=500)),
@@ -227,7 +227,7 @@ def read_settings(argv=None):
 
 
 def read_stage(stage, stages, typed, argv):
-    """The settings of one of the stages; what was typed wins over its defaults."""
+    """The settings of one of the stages: its defaults, and what was typed."""
     parser = stage_parser(stage, typed)
     s = parser.parse_args(argv)
     s.stage = stage
@@ -236,6 +236,8 @@ def read_stage(stage, stages, typed, argv):
         raise UserError("--init and --lr belong to one stage: name it with --stage")
     check_values(s)
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
+    if s.preset == "bench":
+        s.folder = os.path.join(s.out, "bench")  # beside any run
     s.result = os.path.join(s.out, "clip.safetensors")
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
@@ -246,7 +248,7 @@ def read_stage(stage, stages, typed, argv):
 
 
 def stage_parser(stage, typed):
-    """The parser with the defaults of a stage, under the preset and denoiser that were typed."""
+    """The parser with the defaults of a stage, preset and denoiser."""
     choices = {"stage": stage, "denoiser": typed.denoiser, "preset": typed.preset,
                "device": "cuda" if torch.cuda.is_available() else "cpu"}
     parser = make_parser()
@@ -256,49 +258,40 @@ def stage_parser(stage, typed):
         if all(choices[name] == value for name, value in needed.items()):
             parser.set_defaults(**values)
     if typed.epochs:
-        parser.set_defaults(steps=None)  # a preset's number of steps would win over --epochs
+        parser.set_defaults(steps=None)  # the preset's number of steps would override --epochs
     return parser
 
 
 def is_bf16_fast():
-    """Whether the device computes in bf16 by itself; emulation is 10 times slower than float32."""
+    """Whether the device supports bf16 natively; emulation is 10 times slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def check_values(s):
-    """Settings that do not go together."""
+    """Raise UserError for settings that contradict each other."""
     head = 128 if s.denoiser == "rf" else 64
     low, high = s.mask_ratio
     if s.width % head:
         raise UserError(f"--width {s.width} must be a multiple of {head}, the width of a head")
     if low > high:
-        raise UserError(f"--mask-ratio {low} {high}: the low end comes first")
+        raise UserError(f"--mask-ratio {low} {high}: give the lower ratio first")
     if s.shuffle_target and s.batch_size < 2:
-        raise UserError("--shuffle-target takes another image of the micro-batch: give "
-                        "--batch-size 2 or more")
+        raise UserError("--shuffle-target takes the [CLS] of another image in the micro-batch: "
+                        "use --batch-size 2 or more")
     if s.freeze_denoiser and s.stage == "e2e":
-        raise UserError("--freeze-denoiser belongs to stage 2: end to end, it is not yet trained")
+        raise UserError("--freeze-denoiser is for stage 2: end to end, the denoiser is untrained")
     if s.shard and not LAUNCHED:
-        raise UserError("--shard shares the model among processes: start it with torchrun")
-    if s.preset == "bench":
-        check_bench(s)
-
-
-def check_bench(s):
-    if len(s.stages) > 1:
-        raise UserError("--preset bench measures one stage: name it with --stage")
-    if (s.steps or 0) < 2 * s.log_every:
-        raise UserError("--preset bench counts in --steps: give at least twice --log-every")
-    if s.save_every or s.sample_every or s.export_every or s.init:
-        raise UserError("--preset bench saves nothing: leave out --init, --save-every, "
-                        "--sample-every and --export-every")
+        raise UserError("--shard shards the model over several processes: use torchrun")
+    if s.preset == "bench" and (len(s.stages) > 1 or (s.steps or 0) < 2 * s.log_every):
+        raise UserError("--preset bench measures one --stage, in --steps of at least twice "
+                        "--log-every")
 
 
 # ------------------------------------------------------------------------------------ a run
 
-ADVICE = [  # what stands in a RuntimeError, and what users can do about it
+ADVICE = [  # parts of a RuntimeError's message, and what the user can do
     (["OutOfMemoryError"],
      "the GPU is out of memory: try --grad-checkpoint, --shard, or a lower --batch-size in another "
      "--out"),
@@ -335,7 +328,7 @@ def run(argv):
     evaluates = len(settings) > 1  # stage all
     with lock_run_directory(first), explain_errors():
         pretrained = None
-        if LOCAL_RANK == 0:  # alone, so that one rank of a node downloads and reports mistakes
+        if LOCAL_RANK == 0:  # one rank per node downloads and reports mistakes; the others wait
             prepare(first, evaluates)
             pretrained = load_pretrained(first)
         device, patient_group = start_processes()
@@ -343,16 +336,16 @@ def run(argv):
         for s in settings:
             train_stage(s, pretrained or load_pretrained(s), device)
             pretrained = None
-            gc.collect()  # DDP refers to itself, and would keep a stage's model beside the next
+            gc.collect()  # DDP refers to itself: frees the stage's model before the next
         if evaluates and RANK == 0:
             evaluate_before_and_after(last, device)
         if dist.is_initialized():
-            dist.barrier(patient_group)  # a rank that left would end rank 0's evaluation
+            dist.barrier(patient_group)  # torchrun would stop rank 0 if the others exited early
             dist.destroy_process_group()
 
 
 def prepare(s, evaluates):
-    """Draw the toy's world, index the images, and check what the evaluation will need."""
+    """Draw the toy world, index the images, and check what the evaluation needs."""
     if s.preset == "toy":
         from toy.make_toy import draw_world
         draw_world(os.path.join(TOY, "data"))
@@ -374,7 +367,7 @@ def train_stage(s, pretrained, device):
     images_per_step = s.batch_size * s.accum * WORLD
     total = s.steps or math.ceil(s.epochs * len(data) / images_per_step)
     check_same_run(s, data, val, pretrained)
-    if broadcast(RANK == 0 and is_whole(s.result)):
+    if broadcast(RANK == 0 and is_intact(s.result)):
         print_rank_0(f"stage {s.stage} is finished: {s.result}")
         return
     val_images = load_val_images(val or data, 512 if val else 8, device)
@@ -429,7 +422,7 @@ def train_stage(s, pretrained, device):
 
 
 def list_due(s, step, total):
-    """What is due after a step: of "row", "sample", "save" and "export"; a row with any other."""
+    """What is due after a step: "row", "sample", "save", "export". Any of them comes with a row."""
     every = {"row": s.log_every, "sample": s.sample_every, "save": s.save_every}
     if s.stage != 1 and step < total:
         every["export"] = s.export_every
@@ -463,7 +456,7 @@ def validate(s, core, images):
         batches = zip(images.split(s.batch_size), condition_images.split(s.batch_size), strict=True)
         total = 0.0
         for i, (batch, condition) in enumerate(batches):
-            seed_draws("held-out", s.seed, i)  # the same timesteps, noise and masks each time
+            seed_draws("validation", s.seed, i)  # the same timesteps, noise and masks each time
             with autocast(s, images.device):
                 losses, _ = core(batch.float() / 255, condition.float() / 255)
             total += losses.sum().item()
@@ -492,22 +485,22 @@ def device_name(device):
 # ------------------------------------------------------------------------ model and processes
 
 class Pretrained(NamedTuple):
-    """What a stage is given."""
+    """What a stage starts from."""
     visual: torch.nn.Module       # the CLIP's visual tower
     autoencoder: torch.nn.Module  # the VAE (rf) or VQ-GAN (perceiver), frozen
-    initial: dict                 # trained weights to start from, {} if there are none
-    checksums: dict               # what tells other weights from these, by name
+    initial: dict                 # trained weights of --init, or {}
+    checksums: dict               # of these three, by name
 
 
 def load_pretrained(s):
-    """The CLIP, the autoencoder and the weights to start from; UserError where they do not fit."""
+    """Load the CLIP, the autoencoder and the weights of --init; UserError if they do not fit."""
     clip, _, _ = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")
     autoencoder = load_autoencoder(s)
     side = image_side(clip.visual)
     token = autoencoder.factor * (Continuous if s.denoiser == "rf" else Discrete).token_side
     if side % token:
-        raise UserError(f"{s.backbone} sees {side} pixels, and the denoiser's tokens are {token} "
-                        "pixels wide: choose another backbone or autoencoder")
+        raise UserError(f"the images of {s.backbone} are {side} pixels wide, which is no multiple "
+                        f"of a denoiser's token ({token}): choose another backbone or autoencoder")
     check_export(s.backbone, clip)  # the result must fit into HuggingFace's format
     checksums = {"CLIP": checksum(clip.visual.state_dict()),
                  "autoencoder": checksum(autoencoder.state_dict())}
@@ -531,12 +524,12 @@ def load_initial(s, checksums):
         return {}
     if s.stage != 2:
         return read_weights(s.init, "FLUX's weights", "name a file with --init")[0]
-    hint = "run --stage 1 first, or again, or name another run's stage1/last.safetensors by --init"
+    hint = "run --stage 1 (again), or name another run's stage1/last.safetensors by --init"
     tensors, about = read_weights(s.init, "stage 1's weights", hint)
     for name, value in checksums.items():
         if about.get(name, value) != value:
-            raise UserError(f"stage 2 has another {name} than the stage 1 that made {s.init}: "
-                            "give it the same")
+            raise UserError(f"{s.init} was trained with another {name}: give stage 2 the same one "
+                            "as stage 1")
     return tensors
 
 
@@ -545,7 +538,7 @@ def build_model(s, pretrained, device):
     visual = pretrained.visual.to(device)
     autoencoder = pretrained.autoencoder.to(device)
     if s.denoiser == "rf" and s.precision == "bf16":
-        autoencoder = autoencoder.bfloat16()  # not the VQ-GAN, whose codes would be others
+        autoencoder = autoencoder.bfloat16()  # not the VQ-GAN: bf16 would change its codes
     torch.manual_seed(s.seed)
     with torch.device(device):
         if s.denoiser == "rf":
@@ -599,7 +592,7 @@ def perceiver_config(s, codebook):
 
 
 def make_optimizer(s, core):
-    """AdamW over what trains: denoiser and projectors at --lr, the visual tower at --lr-clip."""
+    """AdamW, with --lr for the denoiser and projectors, and --lr-clip for the visual tower."""
     ours = [*core.denoiser.parameters(), *core.projectors.parameters()]
     groups = []
     for parameters, lr in ((ours, s.lr), (core.visual.parameters(), s.lr_clip)):
@@ -615,27 +608,27 @@ def autocast(s, device):
 
 
 def check_launch():
-    """What this program was started on, and by what."""
+    """Raise UserError on Windows, and for an incomplete torchrun environment."""
     if sys.platform == "win32":
-        raise UserError("training runs on Linux, on macOS and under WSL, not on Windows itself")
+        raise UserError("training runs on Linux, macOS and WSL, not on Windows itself")
     alone = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if alone and not LAUNCHED:
-        raise UserError(f"{alone[0]} is set, and not all that torchrun sets: start several "
+        raise UserError(f"{alone[0]} is set, but not all variables of torchrun: start several "
                         f"processes with torchrun; for a single one, unset {' '.join(alone)}")
 
 
 def start_processes():
-    """This process's device, and a process group whose waits may take as long as an evaluation.
+    """This process's device, and a process group with a long timeout (None without torchrun).
 
-    Under torchrun, the processes connect; UserError if they cannot. Else the group is None.
+    Under torchrun, connect the processes; UserError if that fails.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     else:
         device = torch.device("cpu")
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too: its backward is slow
+        torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's, whose backward is slow
     if not LAUNCHED:
         return device, None
     nccl = device.type == "cuda"
@@ -654,7 +647,7 @@ def distribute(s, core):
     if s.shard:
         return shard(s, core)
     if WORLD > 1:
-        # What replaces broadcast_buffers is not in torch 2.11.
+        # torch 2.11 lacks the replacement for broadcast_buffers.
         warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
         return DistributedDataParallel(core, broadcast_buffers=False,
                                        gradient_as_bucket_view=True)
@@ -662,7 +655,7 @@ def distribute(s, core):
 
 
 def shard(s, core):
-    """FSDP2 over what trains; FLUX's blocks are gathered in bf16 and reduced in float32."""
+    """FSDP2 of the trainable parameters; FLUX's blocks are gathered in bf16, reduced in float32."""
     frozen = {p for p in core.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if s.precision == "bf16" else None
     mixed = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -676,15 +669,15 @@ def shard(s, core):
 
 
 def reducing(s, model, micro):
-    """DDP reduces the gradients with the last micro-batch of a step, FSDP2 with each."""
+    """DDP reduces gradients after a step's last micro-batch, FSDP2 after each (less memory)."""
     if isinstance(model, DistributedDataParallel) and micro < s.accum - 1:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def clear_gradients(model, optimizer):
-    """Under DDP a gradient is a view of the bucket that is reduced: without it, a micro-batch that
-    is not reduced would make another gradient beside it."""
+    """Zero the gradients. Under DDP they must stay views of the buckets: if set to None, a
+    micro-batch without reduction would allocate a second gradient."""
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
@@ -702,9 +695,9 @@ def barrier():
 
 
 def raise_on_all_ranks(message):
-    """A UserError of which every rank knows, but which rank 0 alone prints."""
+    """End all ranks, each of which calls this, with a UserError that rank 0 alone prints."""
     if RANK > 0:
-        with contextlib.suppress(RuntimeError):  # rank 0 has printed it and is gone
+        with contextlib.suppress(RuntimeError):  # rank 0 has printed it and exited
             dist.barrier()
         sys.exit(2)
     raise UserError(message)
@@ -715,11 +708,11 @@ def print_rank_0(message):
         tqdm.write(message)
 
 
-STREAMS = {"crops": 0, "noise": 1, "held-out": 2, "samples": 3}  # of random numbers
+STREAMS = {"crops": 0, "noise": 1, "validation": 2, "samples": 3}  # of random numbers
 
 
 def seed_draws(stream, *key):
-    """Seed torch's default generators from a named stream and a tuple of integers."""
+    """Seed torch's default generators from the name of a stream and integers."""
     sequence = np.random.SeedSequence((*key, STREAMS[stream]))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -728,13 +721,13 @@ def seed_draws(stream, *key):
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md")  # captions and metadata
-WHOLE = -1  # the size of an entry that is a whole file, as file.read takes it
+WHOLE = -1  # the size of an entry that is a whole file: file.read(-1) reads all of it
 
 
 def open_data(s, kind, side):
-    """The images of --data or --val ("data" or "val"), whose index rank 0 has made.
+    """The images of --data or --val (`kind`: "data" or "val"), whose index rank 0 has made.
 
-    None without --val; noise for the bench without --data.
+    None without --val; random images for the bench without --data.
     """
     if not getattr(s, kind):
         return RandomImages(s.batch_size, side) if kind == "data" else None
@@ -753,13 +746,13 @@ def load_val_images(data, count, device):
     images = [data.load(i, augment=False)[0] for i in range(min(len(data), count))]
     images = [image for image in images if image is not None]
     if not images:
-        raise UserError("none of the first images of --val, or else of --data, can be decoded: "
-                        "mend or replace them")
+        raise UserError("none of the first images of --val (or else --data) can be decoded: "
+                        "replace them")
     return torch.stack(images).to(device)
 
 
 def load_batches(s, data, start, total, device):
-    """This rank's micro-batches from step `start` on, as Images.__getitem__ gives them."""
+    """An iterator over this rank's micro-batches from step `start` on; see Images.__getitem__."""
     keys = batch_keys(s, len(data), start, total)
     context = start_method() if s.workers else None
     return iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
@@ -767,7 +760,7 @@ def load_batches(s, data, start, total, device):
 
 
 def batch_keys(s, n, start, total):
-    """This rank's micro-batches, as Images takes them: they follow from (seed, step, slot)."""
+    """The keys of this rank's micro-batches for Images: a function of (seed, step, slot)."""
     for step in range(start, total):
         for micro in range(s.accum):
             slot = micro * WORLD + RANK
@@ -779,41 +772,41 @@ def batch_keys(s, n, start, total):
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """A permutation of the n images: each once in an epoch."""
+    """The order of the n images in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(np.arange(n, dtype=np.int32))
 
 
 class Images(Dataset):
-    """Training images, of an index file that make_index wrote.
+    """The images in an index file that make_index wrote.
 
-    An item is a whole micro-batch, so that its crops follow from its own (seed, step, slot).
+    An item is a whole micro-batch, so that its crops depend on its (seed, step, slot) alone.
     side: of the square output, in pixels.
     """
-    TRIES = 100  # images that may stand in, one after the other, for one that cannot be decoded
+    TRIES = 100  # replacements for an image that cannot be decoded, until one can
 
     def __init__(self, index_path, side):
         self.index_path = index_path
         self.side = side
         index, _ = read_weights(index_path, "the index of the data")
         files = index["files"].numpy()
-        self.files = files.view(f"S{files.shape[1]}")[:, 0]  # no Python object for each of millions
+        self.files = files.view(f"S{files.shape[1]}")[:, 0]  # millions of str would fill the memory
         self.sizes = index["stamps"].numpy()[:, 0]
         self.entries = index["entries"].numpy()
         bicubic = v2.InterpolationMode.BICUBIC  # antialiased
-        # As in the official code: beyond 1.48:1 no crop of nine tenths has a ratio of 4:3 or less,
-        # and RandomResizedCrop takes the central one of 4:3 each time.
+        # As in the official code, images wider than 1.48:1 always get the central 4:3 crop: they
+        # have no crop of 90 % of their area with a ratio up to 4:3.
         self.random_crop = v2.RandomResizedCrop(side, scale=(0.9, 1.0), interpolation=bicubic)
         self.resize = v2.Resize(side, bicubic)
 
     def __reduce__(self):
-        return Images, (self.index_path, self.side)  # each worker maps the index itself
+        return Images, (self.index_path, self.side)  # each worker maps the index into its memory
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, key):
-        """(seed, step, slot, indices) -> uint8 (B, 3, side, side), and the names of those images
-        that were drawn and cannot be decoded. For each, another drawn at random stands in."""
+        """(seed, step, slot, indices) -> uint8 (B, 3, side, side), and the names of the images that
+        could not be decoded, each of which is replaced by a random other one."""
         *draw, indices = key
         seed_draws("crops", *draw)
         images, undecodable = [], []
@@ -826,7 +819,7 @@ class Images(Dataset):
                 image, name = self.load(int(torch.randint(len(self), ())))
             if image is None:
                 raise UserError(f"data: {self.TRIES} images in a row cannot be decoded, the last "
-                                f"is {name}: mend the data, or leave that part out")
+                                f"is {name}: repair the data, or leave that part out")
             images.append(image)
         return torch.stack(images), undecodable
 
@@ -838,39 +831,38 @@ class Images(Dataset):
         try:
             with open(path, "rb") as stream:
                 if size != WHOLE and os.stat(stream.fileno()).st_size != self.sizes[place]:
-                    raise UserError(f"data: {path} has another size than when it was indexed: put "
-                                    "the same shard back, or choose another --out")
+                    raise UserError(f"data: {path} does not have the size that was indexed: "
+                                    "restore the shard, or choose another --out")
                 stream.seek(offset)
                 data = stream.read(size)
-        except OSError as error:  # a vanished file or a failing disk is no bad image
-            raise UserError(f"data: {path} cannot be read ({error.strerror}): put it back, on "
-                            "every node under the same path, and run the same command again"
-                            ) from None
+        except OSError as error:  # a missing file or a failing disk is not a bad image
+            raise UserError(f"data: {path} cannot be read ({error.strerror}): restore it, under "
+                            "the same path on every node, and repeat the command") from None
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                needed = math.ceil(self.side / 0.9)  # a crop keeps .9 of the shorter side
-                image.draft(None, (needed, needed))  # JPEG: decode at a fraction that is enough
+                needed = math.ceil(self.side / 0.9)  # crops keep at least .9 of the shorter side
+                image.draft(None, (needed, needed))  # decodes a large JPEG at a lower resolution
                 pixels = pil_to_tensor(to_rgb(image))
             return (self.random_crop(pixels) if augment else self.centre_crop(pixels)), name
-        except Exception:  # the decoders raise anything; from memory, the image is at fault
+        except Exception:  # decoders raise all kinds of errors
             return None, name
 
     def centre_crop(self, pixels):
-        """The middle square, resized: in this order, a thin image takes no memory."""
+        """The central square, resized. Resizing first would blow up a very thin image."""
         return self.resize(v2.functional.center_crop(pixels, [min(pixels.shape[1:])]))
 
     def fingerprint(self):
-        """The same for the same images in the same order, wherever they lie."""
+        """Depends on the names, sizes and order of the files, but not on their directory."""
         names = b"\n".join(os.path.basename(path) for path in self.files.tolist())
         return f"{len(self)} images, {zlib.crc32(self.entries, zlib.crc32(names)):08x}"
 
 
 def to_rgb(image):
     """A PIL image -> upright 8-bit RGB, on white. ValueError for greys of unknown range."""
-    with contextlib.suppress(Exception):  # broken metadata costs the rotation alone
+    with contextlib.suppress(Exception):  # broken metadata only costs the rotation
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError("greys of 32 bits, signed ones and floats do not say what white is")
+        raise ValueError("the white level of 32-bit and floating-point greys is unknown")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -880,7 +872,7 @@ def to_rgb(image):
 
 
 class RandomImages(Dataset):
-    """Endless noise in place of Images, for the bench."""
+    """Random images in place of Images, for the bench."""
 
     def __init__(self, batch_size, side):
         self.batch = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8)
@@ -899,11 +891,11 @@ class RandomImages(Dataset):
 
 
 def make_index(paths, index_path):
-    """Index the images under `paths`, unless index_path holds the index of these very files.
+    """Index the images under `paths`, unless index_path holds an up-to-date index.
 
-    files: uint8 (F, longest), the paths of all shards and then all images, as NumPy's fixed-width
-    byte strings, since safetensors holds numbers only. stamps: (F, 2), size and time of each shard,
-    zeros for images. entries: (N, 3), an image's file (its number), offset and size in bytes.
+    files: uint8 (F, longest), the paths of all shards and then all images: NumPy's fixed-width byte
+    strings, viewed as the numbers that safetensors takes. stamps: (F, 2), size and time of each
+    shard, zeros for images. entries: (N, 3), each image's file number, offset and size in bytes.
     """
     shards, images = find_images(paths)
     files = np.array([os.fsencode(path) for path in shards + images])
@@ -917,7 +909,7 @@ def make_index(paths, index_path):
         known, _ = read_weights(index_path, "index")
         if all(torch.equal(known[name], table) for name, table in tables.items()):
             return
-    except (UserError, KeyError):  # there is none yet, or it is damaged
+    except (UserError, KeyError):  # no index yet, or a damaged or older one
         pass
     entries = []
     for place, rows in enumerate(index_shards(shards)):
@@ -934,7 +926,7 @@ def make_index(paths, index_path):
 def find_images(paths):
     """Folders and tar files -> (shards, images), two sorted lists of files.
 
-    UserError for a path with neither, and for a folder with both.
+    UserError for a folder that holds neither or both.
     """
     shards, images, others = [], [], []
     for path in paths:
@@ -945,36 +937,30 @@ def find_images(paths):
                             "of images, or tar shards (the README says how to get CC3M)") from None
         tars = [name for name in found if name.lower().endswith(".tar")]
         pictures = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
-        if not tars:  # a common downloader of CC3M saves images without a suffix
+        if not tars:  # a common CC3M downloader saves images without a suffix
             pictures += [name for name in found if not os.path.splitext(name)[1]]
         if tars and pictures:
-            raise UserError(f"data: {path} holds {len(tars)} tar shards and {len(pictures)} "
-                            f"images, {tars[0]} and {pictures[0]} among them: name the shards or "
-                            "the images alone")
+            raise UserError(f"data: {path} holds both {len(tars)} tar shards, such as {tars[0]}, "
+                            f"and {len(pictures)} images, such as {pictures[0]}: name one kind")
         if not tars and not pictures:
             raise UserError(f"data: no image and no .tar in {path}: name folders of images, or "
                             "plain .tar shards; unpack .zip and .tar.gz, and convert .parquet")
         shards += tars
         images += sorted(pictures)
-        others += list_others(found, {*tars, *pictures})
+        used = {*tars, *pictures}
+        metadata = {name.removesuffix(".tar") + ".parquet" for name in tars}  # img2dataset's
+        others += [name for name in found if name not in used and name not in metadata
+                   and not name.lower().endswith(TEXT_SUFFIXES)]
     if others:
-        print_rank_0(f"data: {len(others)} files that are neither images nor .tar are left out, "
-                     f"{others[0]} among them")
+        print_rank_0(f"data: {len(others)} files that are neither images nor .tar shards are "
+                     f"ignored, such as {others[0]}")
     return shards, images
 
 
-def list_others(found, used):
-    """The files that are neither used nor captions and metadata, such as 0.parquet of 0.tar."""
-    rest = [name for name in found if name not in used]
-    rest = [name for name in rest if not name.lower().endswith(TEXT_SUFFIXES)]
-    return [name for name in rest if name.removesuffix(".parquet") + ".tar" not in used]
-
-
 def list_files(folder, seen):
-    """The regular files under a folder: a FIFO among them would block its reader.
+    """The regular files under a folder (reading a FIFO would block), without hidden ones.
 
-    Hidden files and folders are left out. Links to folders are followed; `seen` holds the folders
-    that were read, each by its device and inode.
+    Links to folders are followed; `seen` holds the (device, inode) of each folder already listed.
     """
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
@@ -993,17 +979,17 @@ def list_files(folder, seen):
 
 
 def index_shards(shards):
-    """index_shard of each, in their order; many of them in parallel."""
+    """index_shard of each, in order; many of them in parallel."""
     workers = min(32, os.cpu_count()) if len(shards) >= 8 else 0
     context = start_method() if workers else None
-    # Unlike a pool's, a DataLoader's workers are silent after Ctrl-C, and noticed if they die.
+    # A DataLoader, since the workers of a pool print tracebacks on Ctrl-C, and may die unnoticed.
     tables = DataLoader(shards, batch_size=None, collate_fn=index_shard, num_workers=workers,
                         multiprocessing_context=context)
     return tqdm(tables, "indexing shards", leave=False, disable=None if shards else True)
 
 
 def index_shard(path):
-    """Where a tar's images lie: a list of (offset, size). UserError if it is not whole."""
+    """The (offset, size) of each image in a tar; UserError if the tar is incomplete."""
     rows = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -1013,30 +999,30 @@ def index_shard(path):
                 if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
                     rows.append((member.offset_data, member.size))
             end = tar.offset
-        with open(path, "rb") as file:  # tarfile takes any damaged header for the end
+        with open(path, "rb") as file:  # for tarfile, any damaged header is the end
             file.seek(end)
             tail = file.read(1 << 20)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"data: {path} cannot be read as a plain tar ({error}): fetch it again, or "
-                        "leave it out") from None
+        raise UserError(f"data: {path} cannot be read as a plain tar ({error}): download it again, "
+                        "or leave it out") from None
     padded = 2 * tarfile.BLOCKSIZE <= len(tail) <= 2 * tarfile.RECORDSIZE
     if not padded or any(tail):
-        raise UserError(f"data: {path} is damaged or cut short at byte {end}: fetch it again, or "
-                        "leave it out")
+        raise UserError(f"data: {path} is damaged or truncated at byte {end}: download it again, "
+                        "or leave it out")
     return rows
 
 
 # ------------------------------------------------------------------------ checkpoints and log
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 class Checkpoints:
     """step-N.safetensors in a stage's folder: trained weights and optimizer moments.
 
-    Names and shapes are the same with one process, DDP and FSDP2, which is why the state goes
-    through torch.distributed.checkpoint. A checkpoint is written in the background while training
-    goes on; a failure is raised when the next one begins, or at the end. The newest two are kept.
+    torch.distributed.checkpoint gives the state the same names and shapes with one process, DDP and
+    FSDP2. A checkpoint is written in the background; if that fails, the next save or finish raises
+    UserError. The newest two are kept.
     """
 
     def __init__(self, s, core, model, optimizer):
@@ -1045,19 +1031,19 @@ class Checkpoints:
         self.model = model
         self.optimizer = optimizer
         self.thread = ThreadPoolExecutor(1)
-        self.written = None  # the Future of the write that has begun last
+        self.written = None  # the Future of the latest write
 
     def save(self, step):
-        """Copy the state to the host, and begin to write it. All ranks take part."""
+        """Copy the state to the CPU and start writing it. All ranks take part."""
         self.finish()
-        weights, state = get_state_dict(self.model, self.optimizer, options=FULL)
+        weights, state = get_state_dict(self.model, self.optimizer, options=FULL_STATE)
         if RANK > 0:
             return
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         for name, moments in state["state"].items():
             for kind, tensor in moments.items():
                 tensors[f"{kind}.{name}"] = tensor
-        if not torch.cuda.is_available():  # these are the very tensors that training changes
+        if not torch.cuda.is_available():  # on a CPU the state is not a copy yet
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         about = {"step": step, "param_groups": state["param_groups"]}
         self.written = self.thread.submit(self.write, step, tensors, about)
@@ -1067,16 +1053,16 @@ class Checkpoints:
         write_weights(path, tensors, about)
         older = [other for other in self.list() if other < path]
         for old in older[:-1]:
-            with contextlib.suppress(FileNotFoundError):  # somebody made room
+            with contextlib.suppress(FileNotFoundError):  # the user deleted it
                 os.remove(old)
 
     def finish(self):
-        """Wait until the last checkpoint is written; UserError if it could not be."""
+        """Wait until the latest checkpoint is written; UserError if that failed."""
         if self.written:
             self.written.result()
 
     def load(self):
-        """Restore the newest whole checkpoint, and return its step; 0 if there is none."""
+        """Restore the newest intact checkpoint and return its step, or 0 if there is none."""
         step = broadcast(self.find() if RANK == 0 else 0)
         if step == 0:
             return 0
@@ -1093,13 +1079,13 @@ class Checkpoints:
             self.optimizer,
             model_state_dict=weights,
             optim_state_dict={"state": state, "param_groups": about["param_groups"]},
-            options=StateDictOptions(full_state_dict=True, strict=False),  # the frozen is not in it
+            options=StateDictOptions(full_state_dict=True, strict=False),  # without frozen weights
         )
         print_rank_0(f"resumed from {self.path(step)}")
         return step
 
     def find(self):
-        """The step of the newest checkpoint that is whole and of this model, or 0."""
+        """The step of the newest checkpoint that is intact and of this model, or 0."""
         kinds = ("model", "exp_avg", "exp_avg_sq", "step")
         wanted = {f"{kind}.{name}" for kind in kinds for name in self.trained}
         for path in reversed(self.list()):
@@ -1107,21 +1093,21 @@ class Checkpoints:
                 tensors, about = read_weights(path, "checkpoint")
                 if tensors.keys() == wanted and path == self.path(about.get("step", 0)):
                     return about["step"]
-                print_rank_0(f"{path} is of another step or model, and is passed over")
+                print_rank_0(f"{path} is of another step or model: skipped")
             except UserError as error:
-                print_rank_0(f"{error}, and is passed over")
+                print_rank_0(f"{error}: skipped")
         return 0
 
     def path(self, step):
         return os.path.join(self.folder, f"step-{step:08}.safetensors")
 
     def list(self):
-        """The checkpoints, oldest first, whole or not."""
+        """The checkpoint files, oldest first, intact or not."""
         return sorted(glob.glob(os.path.join(glob.escape(self.folder), "step-*.safetensors")))
 
 
-def is_whole(path):
-    """Whether the result of a stage is there as it was written."""
+def is_intact(path):
+    """Whether a file of weights exists and matches its checksum."""
     try:
         return bool(read_weights(path, "result"))
     except UserError:
@@ -1129,13 +1115,10 @@ def is_whole(path):
 
 
 class Log:
-    """log.csv: losses and images/s are means over all ranks since the row before.
-
-    Undecodable images and peak memory are counted since the start or restart; what else a row holds
-    is of its step.
-    """
-    BINS = 10      # of t, or of the mask ratio
-    ENOUGH = 1000  # images, before the undecodable among them are judged
+    """log.csv. Losses and images/s are means over all ranks since the previous row; undecodable
+    images and peak memory are counted since the start or restart; the rest is of the row's step."""
+    BINS = 10      # of t or of the mask ratio
+    ENOUGH = 1000  # images to have seen before their share of undecodable ones can stop the run
 
     def __init__(self, s, start, total, data_size, device):
         self.s = s
@@ -1145,8 +1128,8 @@ class Log:
         self.images_per_step = s.batch_size * s.accum * WORLD
         self.losses = torch.zeros(self.BINS, device=device)
         self.images = torch.zeros(self.BINS, device=device)
-        self.undecodable = 0   # images since the start or restart, over all ranks at the last row
-        self.undecodable_here = 0
+        self.undecodable = 0       # images of all ranks, at the last row
+        self.undecodable_here = 0  # images of this rank
         self.path = os.path.join(s.folder, "log.csv")
         level = "t" if s.denoiser == "rf" else "mask"
         bins = [f"loss_{level}_{i / self.BINS}" for i in range(self.BINS)]
@@ -1160,7 +1143,7 @@ class Log:
                         disable=None if RANK == 0 else True, dynamic_ncols=True)
 
     def read_rows(self):
-        """The rows up to the step from which the run goes on, which has one; none without a log."""
+        """The rows up to the step from which the run resumes; none if there is no log."""
         if not os.path.exists(self.path):
             return []
         try:
@@ -1168,25 +1151,25 @@ class Log:
                 rows = list(csv.DictReader(file))
             rows = [row for row in rows if int(row["step"]) <= self.start]
             if not rows or int(rows[-1]["step"]) != self.start:
-                raise ValueError("its end is missing")
+                raise ValueError("the row of this step is missing")
             return [[row[name] for name in self.columns] for row in rows]
         except (OSError, ValueError, KeyError, TypeError, csv.Error):
-            raise UserError(f"{self.path} cannot be read as this run's log: mend it, or move it "
+            raise UserError(f"{self.path} cannot be read as this run's log: repair it, or move it "
                             "away") from None
 
     def add(self, losses, levels, undecodable):
-        """Note a micro-batch: losses (B,), their t or mask ratios (B,), and undecodable images."""
+        """Add a micro-batch: losses (B,), their t or mask ratios (B,), undecodable names."""
         bins = (levels * self.BINS).long().clamp(max=self.BINS - 1)
         self.losses.index_add_(0, bins, losses)
         self.images.index_add_(0, bins, torch.ones_like(losses))
         for name in undecodable[:max(0, 20 - self.undecodable_here)]:
-            tqdm.write(f"cannot be decoded, another stands in: {name}", file=sys.stderr)
+            tqdm.write(f"cannot be decoded, replaced by another: {name}", file=sys.stderr)
         self.undecodable_here += len(undecodable)
 
     def write_row(self, step, grad_norm, lr, val_losses):
-        """Sum over the ranks and write a row. This waits for the device, so it is called rarely.
+        """Sum over the ranks and write a row. This synchronises with the device.
 
-        UserError if the gradient is not finite, or if too many images cannot be decoded.
+        UserError if the gradient is not finite, or if too many images could not be decoded.
         """
         grad_norm = float(grad_norm.full_tensor() if self.s.shard else grad_norm)
         if not math.isfinite(grad_norm):
@@ -1201,7 +1184,7 @@ class Log:
         loss = (self.losses.sum() / self.images.sum()).item()
         speed = self.images.sum().item() / (time.perf_counter() - self.clock)
         bins = (self.losses / self.images).tolist()
-        bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: no image in it
+        bins = ["" if math.isnan(mean) else f"{mean:.6g}" for mean in bins]  # nan: an empty bin
         epoch = step * self.images_per_step / self.data_size
         val_losses = [f"{mean:.6g}" for mean in val_losses or []] or ["", ""]
         self.rows.append([
@@ -1210,7 +1193,7 @@ class Log:
         if RANK == 0:
             write_file(self.path, self.write)
         progress = f"loss {loss:.4f}, {speed:.0f} images/s"
-        if self.bar.disable:  # where no terminal shows it
+        if self.bar.disable:  # there is no terminal
             print_rank_0(f"step {step} of {self.total}: {progress}")
         self.bar.set_postfix_str(progress, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -1221,10 +1204,10 @@ class Log:
     def check_undecodable(self, step):
         """UserError, on all ranks, if more than a tenth of the images could not be decoded."""
         seen = (step - self.start) * self.images_per_step
-        whole = self.start == 0 and step == self.total  # the rest of a resumed run may be too short
+        whole = self.start == 0 and step == self.total  # the rest of a resumed run may be short
         if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or whole):
             raise_on_all_ranks(f"data: {self.undecodable} of {seen} images cannot be decoded: "
-                               "mend the data, or leave that part out")
+                               "repair the data, or leave that part out")
 
     def write(self, part):
         with open(part, "w", newline="", encoding="utf-8") as file:
@@ -1232,10 +1215,10 @@ class Log:
 
 
 def peak_memory():
-    """The most memory that this process has held, in GB: the GPU's, or else the host's."""
+    """The peak memory of this process in GB, on the GPU, or else on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # which Windows lacks
+    import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -1244,7 +1227,7 @@ def peak_memory():
 
 def write_result(s, model, path, checksums=None):
     """Stage 1's projectors and denoiser, or the CLIP of the other stages, by rank 0."""
-    weights = get_model_state_dict(model, options=FULL)  # all ranks take part
+    weights = get_model_state_dict(model, options=FULL_STATE)  # all ranks take part
     if RANK == 0 and s.stage == 1:
         write_weights(path, weights, checksums)
     elif RANK == 0:
@@ -1287,15 +1270,15 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, 
                "RTX 4090": 165}  # dense bf16, from the vendor's datasheets
 
 
-@torch.compiler.set_stance("force_eager")  # compiled blocks hide their work from the counter
+@torch.compiler.set_stance("force_eager")  # the counter does not see into compiled code
 def print_bench(s, core, log, device):
-    """Speed, memory and MFU, from the rows of the log but the first."""
+    """Print speed, memory and MFU; the first row of the log is warm-up."""
     column = log.columns.index("images_per_s")
     speed = float(np.median([float(row[column]) for row in log.rows[1:]]))
     steps_per_s = speed / log.images_per_step
     images = torch.rand(s.batch_size, 3, *2 * [image_side(core.visual)], device=device)
-    memory = peak_memory()  # of the training, before its work is counted
-    set_grad_checkpointing(core, False)  # the model's own work alone is counted
+    memory = peak_memory()  # before the extra pass below
+    set_grad_checkpointing(core, False)  # MFU does not count recomputation
     with FlopCounterMode(display=False) as counter, autocast(s, device):
         core(images)[0].mean().backward()
     tflops = counter.get_total_flops() * s.accum * steps_per_s / 1e12
@@ -1311,23 +1294,23 @@ def print_bench(s, core, log, device):
     print_rank_0(f"MFU                  {mfu}")
 
 
-# ------------------------------------------------------------------------ a folder holds one run
+# ------------------------------------------------------------------------ one run per directory
 
-# Options that may differ between the machines of a run: paths, and what follows from a machine.
+# Options that may differ between the machines of a run: paths and workers.
 PER_MACHINE = {"out", "folder", "result", "data", "val", "benchmark", "zeroshot", "clip_weights",
                "vae", "vqgan", "init", "workers"}
-# Options that may change when a run is resumed. All ranks take part in what they ask for.
+# Options that may change when a run is resumed, but must agree among its ranks.
 PER_START = {"stage", "stages", "save_every", "sample_every", "log_every", "export_every", "accum",
              "compile", "shard", "grad_checkpoint"}
 
 
 def describe_run(s):
-    """What makes this run the same on every rank: options by name."""
+    """The settings that must agree among the ranks."""
     return {key: value for key, value in vars(s).items() if key not in PER_MACHINE}
 
 
 def compare_ranks(facts):
-    """End all ranks unless each has the same facts, a dictionary."""
+    """End all ranks unless `facts`, a dictionary, is the same on each."""
     if WORLD == 1:
         return
     of_ranks = [None] * WORLD
@@ -1342,8 +1325,8 @@ def compare_ranks(facts):
 
 
 def check_same_run(s, data, val, pretrained):
-    """All ranks run the same, and a stage's folder holds one run, whose settings.json this writes:
-    else UserError."""
+    """UserError unless all ranks have the same settings, data and weights, and these agree with the
+    stage's settings.json, which is written by the first start."""
     facts = describe_run(s)
     facts["data"] = data.fingerprint()
     for name, value in pretrained.checksums.items():
@@ -1361,7 +1344,7 @@ def check_same_run(s, data, val, pretrained):
     options = stage_parser(s.stage, s)
     changed = []
     for name in sorted(before.keys() | settings.keys()):
-        was = before.get(name, options.get_default(name))  # an older version lacks newer options
+        was = before.get(name, options.get_default(name))  # older runs lack newer options
         if was != settings.get(name):
             changed.append(f"{name} was {was}, is {settings.get(name)}")
     if changed:
@@ -1371,13 +1354,13 @@ def check_same_run(s, data, val, pretrained):
 
 @contextlib.contextmanager
 def lock_run_directory(s):
-    """Make the run directory and, on rank 0, hold it: a second run there is refused."""
+    """Create the run directory and lock it (rank 0): UserError if another run uses it."""
     if RANK > 0:
         yield
         return
-    import fcntl  # which Windows lacks
-    others = {1: ["e2e"], 2: ["e2e"], "e2e": ["stage1", "stage2"]}[s.stage]
-    for name in ["stage1", "stage2", "e2e"] if s.preset == "bench" else others:
+    import fcntl  # not on Windows
+    others = ["stage1", "stage2"] if s.stage == "e2e" else ["e2e"]
+    for name in others:
         if os.path.exists(os.path.join(s.out, name, "settings.json")):
             raise UserError(f"--out {s.out} holds another run ({name}): choose another directory")
     try:
@@ -1393,15 +1376,15 @@ def lock_run_directory(s):
             raise UserError(f"--out {s.out} is in use by another run: choose another; several "
                             "processes of one run are started with torchrun") from None
         except OSError as error:
-            print_rank_0(f"--out {s.out} lies on a file system without locks ({error.strerror}): "
-                         "nothing keeps another run out of it")
+            print_rank_0(f"--out {s.out} is on a file system without locks ({error.strerror}): do "
+                         "not start another run in it")
         else:
             remove_parts(s)
         yield
 
 
 def remove_parts(s):
-    """Remove what a run that was killed was writing in this directory."""
+    """Remove the partial files of a run that was killed while writing."""
     for folder in ("", "hf", "stage1", "stage2", "e2e", "*/samples"):
         for part in glob.glob(os.path.join(glob.escape(s.out), folder, ".part-*")):
             os.remove(part)
