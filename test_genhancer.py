@@ -1488,7 +1488,7 @@ def test_the_codebook_is_brought_to_unit_scale_not_trained_and_not_saved(scale):
     (lambda _: gh.inject_lora(nn.Conv2d(3, 3, 1)), ValueError, "no linear layer to adapt"),
     (lambda w: gh.inject_lora(with_lora(w, "tiny-clip")), ValueError, "has LoRA already"),
     (lambda w: tiny_model(w).set_stage(3), ValueError, "unknown stage 3"),
-    (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 selects none of the 16 patch tokens"),
+    (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 selects none of the 16 "),
 ])
 def test_the_impossible_is_refused(world, call, error, words):
     with pytest.raises(error, match=words):
@@ -2304,10 +2304,11 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).touch()
     assert train.find_images([str(data)]) == ([], [f"{data}/{name}" for name in images])
-    assert f"data: 6 files that are neither images nor .tar shards are ignored, such as {data}/a.svg" in (
-        capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "data: 6 files that are neither" in said and f"such as {data}/a.svg" in said
     (data / "0.tar").touch()
-    refused(lambda path: train.find_images([str(path)]), data, "both 1 tar shards", "and 3 images", "name one kind")
+    both = ("both 1 tar shards", "and 3 images", "name one kind")
+    refused(lambda path: train.find_images([str(path)]), data, *both)
     for name in images[1:]:
         (data / name).unlink()
     # Beside shards, a file without a suffix is no image, and Parquet of the same name is metadata.
@@ -3441,7 +3442,7 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
-    ("--vae WORLD/vae64.safetensors", "32 pixels wide, which is no multiple of a denoiser's token .64."),
+    ("--vae WORLD/vae64.safetensors", "are 32 pixels wide, which is no multiple"),
     ("--denoiser perceiver --vqgan nowhere", "VQ-GAN weights not found at '?nowhere"),
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
