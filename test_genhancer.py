@@ -4231,6 +4231,7 @@ def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
     for name in (*answers, "manual_seed", "manual_seed_all", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **__: answers.get(name))
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
         fake = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

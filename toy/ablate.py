@@ -330,7 +330,7 @@ def residual(values):
     effects = sorted({effect for key in values for effect in key})
     design = np.array([[effect in key for effect in effects] for key in values], dtype=float)
     seen = np.array(list(values.values()))
-    solution = np.linalg.lstsq(design, seen)[0]
+    solution = np.linalg.lstsq(design, seen, rcond=None)[0]
     freedom = len(seen) - int(np.linalg.matrix_rank(design))
     if freedom == 0:
         return math.nan, 0
