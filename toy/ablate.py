@@ -1,6 +1,6 @@
 """The paper's claims in miniature: each claim is an arm of a grid, compared with its reference.
 
-    python toy/ablate.py --quick             # one CLIP, four arms, a small test: 6 minutes
+    python toy/ablate.py --quick             # one CLIP, four arms, a small test set
     python toy/ablate.py                     # the grid, in hours; the same command resumes it
     python toy/ablate.py --arms "local .5"   # one arm and its reference
     python toy/ablate.py --report            # the tables and the figure, from toy/ablation.csv
