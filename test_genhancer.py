@@ -4470,25 +4470,28 @@ def test_curves_are_compared_over_the_retentions_that_all_reach():
     assert difference(shorter, long, ablate.AFTER).mean == 3
 
 
-def cells(line):
-    """The cells of a table's line, sorted: the README has P at another place."""
-    return sorted(cell.strip() for cell in line.split("|"))
-
-
-def test_the_committed_grid_gives_the_readmes_verdicts_and_the_committed_figure(tmp_path, capsys):
+def test_the_committed_grid_gives_the_committed_tables_and_figure(tmp_path, capsys):
     shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
     ablate.main(["--report", str(tmp_path / "ablation.csv")])
-    claims, end = capsys.readouterr().out.split("\n\n")[-3:-1]
-    assert "15 of 22 claims are decided" in end
-    assert "By chance 0.9 intervals" in end
-    with open(os.path.join(ablate.HERE, "README.md")) as file:
-        readme = [cells(line) for line in file]
-    lines = claims.strip().splitlines()[2:]
-    assert len(lines) == 23  # one is shown without a claim
-    for line in lines:
-        assert cells(line) in readme, line
+    tables, _ = capsys.readouterr().out.split("\nThe figure is")
+    with open(os.path.join(ablate.HERE, "ABLATIONS.md")) as file:
+        assert tables in file.read()
     with open(os.path.join(ablate.HERE, "ablation.svg")) as file:
         assert (tmp_path / "ablation.svg").read_text() == file.read()
+
+
+def test_a_report_on_some_arms_takes_their_cells_alone(tmp_path, capsys):
+    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
+    path = str(tmp_path / "ablation.csv")
+    curves = ablate.read_csv(path)
+    ablate.main(["--report", path, "--arms", "uniform t"])
+    [row] = re.findall(r"\| uniform t \| Table 4.*", capsys.readouterr().out)
+    ends = [[curves[name, str(clip)][-1]["pairs"] for clip in range(6)]
+            for name in ("uniform t", "rf")]
+    differences = np.subtract(*ends)
+    half = 2.571 * differences.std(ddof=1) / math.sqrt(6)  # Student's, of 5 degrees of freedom
+    assert f"| {differences.mean():+.2f} ± {half:.2f} |" in row
+    assert os.listdir(tmp_path) == ["ablation.csv"]  # the figure is of all arms
 
 
 @pytest.fixture
