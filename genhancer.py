@@ -1096,10 +1096,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(program, run, argv=None):
-    """The main function of every program: run(argv), which a UserError ends in one line, status 2.
-
-    A UserError out of a DataLoader's worker holds a whole traceback, and its message at the end.
-    """
+    """The main function of every program: run(argv). A UserError ends it in one line, status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot show
     try:
@@ -1108,9 +1105,14 @@ def run_command(program, run, argv=None):
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        message = str(error).rpartition("UserError: ")[2].strip()
-        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # not behind a progress bar
+        message = escape(message_of(error))
+        tqdm.write(f"{program}: {message}", file=sys.stderr)  # not behind a progress bar
         sys.exit(2)
+
+
+def message_of(error):
+    """A UserError's message, without the traceback before it if a DataLoader's worker raised it."""
+    return str(error).rpartition("UserError: ")[2].strip()
 
 
 def first_line(error):
