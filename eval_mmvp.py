@@ -928,8 +928,7 @@ def check_zeroshot(name, path, preprocess=None):
         if not all(text.encode().strip() for text in texts):  # encode also finds broken characters
             raise UserError("a class name or caption is empty")
     except Exception as error:  # over broken files torchvision and json raise nearly anything
-        why = error if isinstance(error, UserError) else first_line(error)
-        why = str(why).partition(". You can use download=True")[0]  # which is torchvision's option
+        why = str(error).partition(". You can use download=True")[0]  # an option of torchvision's
         message = f"--zeroshot {name}:{path}: {why}: PATH must be {ZEROSHOT[name]}"
         raise UserError(message) from None
     return dataset, texts, more
@@ -977,7 +976,7 @@ def open_folders(folders, preprocess):
         raise UserError(f"there are folders in {' and in '.join(nested[:3])}: if they are the "
                         f"classes, name {' or '.join(nested[:3])}, otherwise take them out")
     if left_out and preprocess is None:  # once, not again for each model
-        print(f"{os.path.dirname(folders[0])}: {left_out} files are left out: none of them is "
+        print(f"{os.path.commonpath(folders)}: {left_out} files are left out: none of them is "
               f"{', '.join(IMAGE_SUFFIXES)}", file=sys.stderr)
     return ImageFiles(paths, preprocess, labels)
 
