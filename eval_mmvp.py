@@ -953,7 +953,7 @@ def open_labelled(name, path, preprocess):
         synsets = ImageNetInfo().label_names()
         wrong = [name for name in synsets + names if name not in names or name not in synsets]
         if wrong:
-            raise UserError(f"{len(names)} class folders; missing or too many: {wrong[0]}")
+            raise UserError(f"{len(names)} class folders; missing or unknown: {wrong[0]}")
         return dataset, open_clip.IMAGENET_CLASSNAMES, PROMPTS[name]  # in the synsets' order
     return dataset, [label.replace("_", " ") for label in names], PROMPTS[name]
 
@@ -973,11 +973,11 @@ def open_folders(folders, preprocess):
         labels += [label] * len(images)
         left_out += len(entries) - len(images)
     if nested:
-        raise UserError(f"there are folders in {' and in '.join(nested[:3])}: if they are the "
-                        f"classes, name {' or '.join(nested[:3])}, otherwise take them out")
+        raise UserError("a class folder holds images and no folders: if those are the classes, "
+                        f"name {' or '.join(nested[:3])}, otherwise move them elsewhere")
     if left_out and preprocess is None:  # once, not again for each model
-        print(f"{os.path.commonpath(folders)}: {left_out} files are left out: none of them is "
-              f"{', '.join(IMAGE_SUFFIXES)}", file=sys.stderr)
+        print(f"{os.path.commonpath(folders)}: files left out for their suffix: {left_out} "
+              f"(images are {', '.join(IMAGE_SUFFIXES)})", file=sys.stderr)
     return ImageFiles(paths, preprocess, labels)
 
 

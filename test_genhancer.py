@@ -3656,6 +3656,7 @@ def lay_out(folder, monkeypatch, name, classes, images, labels):
 SYNSETS = sorted(timm.data.ImageNetInfo().label_names())
 KINDS = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
 KINDS = [(kind, "") for kind in KINDS] + [("", "small "), ("", "big ")]
+CARS = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Type-S 2008"]
 OWNED = ["a", "the", "my", "my dirty", "my clean", "my new", "my old"]
 SETS = [  # its classes on disk and as CLIP's authors call them, and their prompts
     ("cifar100", ["aquarium_fish", "apple", "maple_tree"], ["aquarium fish", "apple", "maple tree"],
@@ -3665,7 +3666,7 @@ SETS = [  # its classes on disk and as CLIP's authors call them, and their promp
      ["a photo of a {}.", "a photo of the {}."]),
     ("imagenet", SYNSETS, open_clip.IMAGENET_CLASSNAMES,
      [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]),
-    ("cars", cars := ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Ram C-V 2012"], cars,
+    ("cars", CARS, CARS,
      [f"a photo of {whose} {{}}." for whose in OWNED] + ["i love my {}!"]),
     ("folder", ["big_blue house", "moon"], ["big blue house", "moon"], ["a photo of a {}."]),
 ]
@@ -3708,15 +3709,15 @@ def test_imagenet_is_its_1000_synsets_under_their_names(tmp_path):
     assert dataset.labels == list(range(1000))
     assert names == open_clip.IMAGENET_CLASSNAMES
     touch(tmp_path, "more/a.jpg")
-    refused(check_set("imagenet"), tmp_path, "1001 class folders; missing or too many: more")
+    refused(check_set("imagenet"), tmp_path, "1001 class folders; missing or unknown: more")
     (tmp_path / "more").rename(tmp_path / "a")
     (tmp_path / SYNSETS[7]).rename(tmp_path / "n00000000")
-    refused(check_set("imagenet"), tmp_path, f"missing or too many: {SYNSETS[7]}: PATH must be")
+    refused(check_set("imagenet"), tmp_path, f"missing or unknown: {SYNSETS[7]}: PATH must be")
 
 
 LAYOUTS = [  # files, and what is said of them
     (["test/a/1.png", "test/b/1.png", "train/a/1.png", "train/b/1.png"], "name D/test or D/train"),
-    (["a/1.png", "a/more/1.png", "b/1.png"], "there are folders in D/a: if they are the classes"),
+    (["a/1.png", "a/more/1.png", "b/1.png"], "name D/a, otherwise move them elsewhere"),
     (["a/1.png", "b/1.ppm"], "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
     (["a/1.png", "b/.1.png"], "in D/b: PATH must be"),
     (["a/1.png", ".b/1.png"], "1 class folders: PATH must be a folder with one subfolder"),
@@ -3738,7 +3739,8 @@ def test_what_is_no_image_of_a_class_is_counted_once(tmp_path, tiny, capsys):
     assert ([label for _, label in dataset], names) == ([0] * 6 + [1], ["a", "b"])
     assert capsys.readouterr().err == ""  # while a model is evaluated
     eval_mmvp.check_zeroshot("folder", tmp_path)
-    assert capsys.readouterr().err.startswith(f"{tmp_path}: 3 files are left out: none of them is ")
+    says = f"{tmp_path}: files left out for their suffix: 3 (images are .jpg, .jpeg"
+    assert capsys.readouterr().err.startswith(says)
 
 
 def make_captioned(folder, name):
@@ -3986,7 +3988,8 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
     assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", shown.out, re.M)
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["prompts"] == {"cars": 8, "folder": 1}
-    assert list(content["before"]["zeroshot"]) == list(content["after"]["zeroshot"])
+    for model in ("before", "after"):
+        assert list(content[model]["zeroshot"]) == ["folder accuracy"]
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
     for name in ("out.png", "out.json"):
         os.remove(tmp_path / name)
@@ -4018,7 +4021,7 @@ BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
     ("--benchmark nowhere", "download MMVP/MMVP_VLM from Hugging Face"),
     ("--benchmark B --zeroshot folder", "write NAME:PATH, where NAME is one of cifar100"),
     ("--benchmark B --zeroshot folder:a folder:b", "--zeroshot: a set is given twice"),
-    ("--zeroshot folder:B", "MLLM_VLM Images, otherwise take them out: PATH must be a folder with"),
+    ("--zeroshot folder:B", "MLLM_VLM Images, otherwise move them elsewhere: PATH must be a"),
     ("--benchmark B --json out/", "out/ cannot be written: name a file"),
     ("--benchmark B --json /dev/null", "/dev/null cannot be written: name a file"),
     ("--benchmark B --json B/Questions.csv/x.json", "cannot be written"),
