@@ -6,8 +6,10 @@
     python eval_mmvp.py --weights clip.safetensors --zeroshot imagenet:DIR    # without MMVP-VLM
 
 Every number comes with its noise. "before" is the --baseline, "after" is the model of --weights.
-The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/MMVP) but for one
-point: a pair's pattern is here what its Type column says, and there it follows from the row number.
+The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/MMVP) but for two
+points. A pair's pattern is what its Type column says; there, it follows from the row number. Images
+are converted to RGB before they are resized; there, afterwards, which differs only for palette,
+RGBA and CMYK images.
 """
 import csv
 import hashlib
@@ -32,9 +34,10 @@ import open_clip
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.data import ImageNetInfo  # open_clip requires timm
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR100, SUN397, ImageFolder
+from torchvision.datasets import CIFAR100
 from tqdm import tqdm
 
 from genhancer import (
@@ -45,6 +48,7 @@ from genhancer import (
     first_line,
     image_side,
     load_strictly,
+    message_of,
     number,
     read_json,
     read_pickle,
@@ -599,9 +603,9 @@ def read_rows(path):
 
 def find_image(benchmark_dir, row, path):
     """The image of a row of the benchmark's table, which lies at `path`."""
-    images = os.path.join(benchmark_dir, "MLLM_VLM Images")
+    images = os.path.join(benchmark_dir, "MLLM_VLM_Images")  # as some copies spell it
     if not os.path.isdir(images):
-        images = os.path.join(benchmark_dir, "MLLM_VLM_Images")  # as some copies have it
+        images = os.path.join(benchmark_dir, "MLLM_VLM Images")
     stem = os.path.join(images, row.type, str(row.id))
     for suffix in (".jpg", ".jpeg", ".png"):
         if os.path.isfile(stem + suffix):
@@ -623,26 +627,33 @@ def exact_float32():
     try:
         with torch.no_grad():
             yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{first_line(error)}: choose a smaller --batch-size, or a GPU with more "
+                        "free memory by CUDA_VISIBLE_DEVICES") from None
     finally:
         conv.fp32_precision, matmul.fp32_precision = callers
 
 
 class ImageFiles(Dataset):
-    """Item i is (image i, preprocessed (3, H, W); i)."""
+    """Item i is (image i, preprocessed (3, H, W); its label, which is i by default)."""
 
-    def __init__(self, paths, preprocess):
+    def __init__(self, paths, preprocess, labels=None):
         self.paths = paths
         self.preprocess = preprocess
+        self.labels = labels or range(len(paths))
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return self.preprocess(read_image(self.paths[i])), i
+        return self.preprocess(read_image(self.paths[i])), self.labels[i]
 
 
 # Pillow guesses a format from the content: an EPS named .jpg would run Ghostscript, maybe for ever.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# A file without any suffix is taken for an image, too, as some downloaders write it.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
+                  ".tiff")
 
 
 def read_image(path):
@@ -792,13 +803,51 @@ CLASS_FOLDERS = "a folder with one subfolder per class, named as the class (unde
 ZEROSHOT = {  # --zeroshot NAME:PATH, and what PATH must be; nothing is downloaded
     "cifar100": "the folder in which cifar-100-python.tar.gz was unpacked",
     "sun397": "the folder in which SUN397.tar.gz was unpacked",
-    "imagenet": "the validation images in exactly 1000 subfolders, n01440764 to n15075141",
+    "imagenet": "the validation images in 1000 subfolders, n01440764 to n15075141",
     "cars": CLASS_FOLDERS,
     "folder": CLASS_FOLDERS,
     "flickr30k": "a folder with Karpathy's dataset_flickr30k.json and the images beside it",
     "coco": "a folder with Karpathy's dataset_coco.json and the images in val2014/ beside it",
 }
+PHOTOS = ["a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.",
+          "a low contrast photo of a {}.", "a high contrast photo of a {}.",
+          "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
+          "a photo of a big {}."]
+PROMPTS = {  # as published with CLIP (github.com/openai/CLIP); that of folder is ours
+    "cifar100": PHOTOS + [photo.replace(" of a ", " of the ") for photo in PHOTOS],
+    "sun397": ["a photo of a {}.", "a photo of the {}."],
+    "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
+    "cars": ["a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "i love my {}!",
+             "a photo of my dirty {}.", "a photo of my clean {}.", "a photo of my new {}.",
+             "a photo of my old {}."],
+    "folder": ["a photo of a {}."],
+}
 CAPTIONED = ("flickr30k", "coco")  # retrieval; the others are classifications
+
+
+def evaluate_models(models, device, benchmark_dir, zeroshot, batch_size=64):
+    """evaluate of several models, {any name: load_clip's triple}, one zero-shot set at a time.
+
+    A set that fails for one model is left out for all. Returns ({name: result}, the UserError to
+    raise once these are written, or None).
+    """
+    for clip, _, _ in models.values():
+        clip.to(device)
+    results = [evaluate(*model, benchmark_dir, (), batch_size) for model in models.values()]
+    failures = []
+    for task in zeroshot:
+        try:
+            parts = [evaluate(*model, None, [task], batch_size) for model in models.values()]
+        except UserError as error:
+            failures.append(f"the set {task[0]} was not measured: {message_of(error)}")
+            continue
+        for result, part in zip(results, parts, strict=True):
+            result["outcomes"] |= part["outcomes"]
+            result["zeroshot"] |= part["zeroshot"]
+    failure = UserError("; ".join(failures)) if failures else None
+    if failure and not results[0]["pairs"] and not results[0]["outcomes"]:
+        raise failure
+    return dict(zip(models, results, strict=True)), failure
 
 
 def evaluate(clip, preprocess, tokenizer, benchmark_dir, zeroshot=(), batch_size=64):
@@ -878,7 +927,8 @@ def check_zeroshot(name, path, preprocess=None):
         if not all(text.encode().strip() for text in texts):  # encode also finds broken characters
             raise UserError("a class name or caption is empty")
     except Exception as error:  # over broken files torchvision and json raise nearly anything
-        message = f"--zeroshot {name}:{path}: {first_line(error)}: PATH must be {ZEROSHOT[name]}"
+        why = str(error).partition(". You can use download=True")[0]  # an option of torchvision's
+        message = f"--zeroshot {name}:{path}: {why}: PATH must be {ZEROSHOT[name]}"
         raise UserError(message) from None
     return dataset, texts, more
 
@@ -886,20 +936,48 @@ def check_zeroshot(name, path, preprocess=None):
 def open_labelled(name, path, preprocess):
     if name == "cifar100":
         dataset = CIFAR100(path, train=False, transform=preprocess)
-    elif name == "sun397":  # torchvision knows no split: all 108,754 images
-        dataset = SUN397(path, transform=preprocess, loader=read_image)
+        names = dataset.classes
+    elif name == "sun397":  # no split: all 108,754 images
+        with open(os.path.join(path, "SUN397", "ClassName.txt"), encoding="utf-8") as file:
+            lines = file.read().split()  # such as /a/apartment_building/outdoor
+        names = [line[3:].replace("/", " ") for line in lines]
+        dataset = open_folders([f"{path}/SUN397{line}" for line in lines], preprocess)
     else:
-        dataset = ImageFolder(path, transform=preprocess, loader=read_image)
-    names = dataset.classes
-    if len(dataset) == 0 or len(names) < 2:
-        raise UserError(f"{len(dataset)} images, {len(names)} class folders")
+        names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+        names = sorted(name for name in names if name[0] != ".")
+        dataset = open_folders([os.path.join(path, name) for name in names], preprocess)
+    if len(names) < 2:
+        raise UserError(f"{len(names)} class folders")
     if name == "imagenet":
-        if len(names) != 1000 or not all(label[1:].isdecimal() for label in names):
-            raise UserError(f"{len(names)} class folders, {names[0]} to {names[-1]}")
-        # Both of these are in the order of the sorted WordNet ids.
-        return dataset, open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
-    names = [label.replace("_", " ").replace("/", " ") for label in names]
-    return dataset, names, ["a photo of a {}."]
+        synsets = ImageNetInfo().label_names()
+        wrong = [name for name in synsets + names if name not in names or name not in synsets]
+        if wrong:
+            raise UserError(f"{len(names)} class folders; missing or unknown: {wrong[0]}")
+        return dataset, open_clip.IMAGENET_CLASSNAMES, PROMPTS[name]  # in the synsets' order
+    return dataset, [label.replace("_", " ") for label in names], PROMPTS[name]
+
+
+def open_folders(folders, preprocess):
+    """One folder per class -> ImageFiles. UserError for one that holds folders, or no image."""
+    paths, labels, nested, left_out = [], [], [], 0
+    for label, folder in enumerate(folders):
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        images = [entry.path for entry in entries
+                  if os.path.splitext(entry.name)[1].lower() in ("", *IMAGE_SUFFIXES)]
+        if any(entry.is_dir() for entry in entries):
+            nested.append(folder)
+        elif not images:
+            raise UserError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+        paths += sorted(images)
+        labels += [label] * len(images)
+        left_out += len(entries) - len(images)
+    if nested:
+        raise UserError("a class folder holds images and no folders: if those are the classes, "
+                        f"name {' or '.join(nested[:3])}, otherwise move them elsewhere")
+    if left_out and preprocess is None:  # once, not again for each model
+        print(f"{os.path.commonpath(folders)}: files left out for their suffix: {left_out} "
+              f"(images are {', '.join(IMAGE_SUFFIXES)})", file=sys.stderr)
+    return ImageFiles(paths, preprocess, labels)
 
 
 def open_captioned(name, path, preprocess):
@@ -977,7 +1055,7 @@ SIDE = 200                  # of an image on the picture, in pixels
 CARD = (2 * SIDE + 30, SIDE + 210)
 
 
-def draw_changes(path, before, after, limit=24):
+def draw_changes(path, before, after, limit=12):
     """A sheet (PNG) of pairs whose verdict changed, in the manner of the paper's Fig. 10.
 
     Those won come first, framed in green, then those lost, in red. Of more than `limit` pairs,
@@ -1008,7 +1086,7 @@ def draw_card(old, new):
     draw.rectangle((0, 0, width - 1, height - 1), None, GREEN if new["correct"] else RED, 4)
     draw.text((12, 9), escape(f"{old['type'][:40]} {old['ids']}"), "black", font)
     for i, file in enumerate(old["images"]):
-        image = ImageOps.contain(read_image(file), (SIDE, SIDE))
+        image = ImageOps.contain(read_image(file), (SIDE, SIDE), Image.Resampling.BOX)
         left = 10 + i * (SIDE + 10) + (SIDE - image.width) // 2
         card.paste(image, (left, 36 + (SIDE - image.height) // 2))
     for i, statement in enumerate(old["statements"]):
@@ -1041,7 +1119,8 @@ def parse_arguments(argv):
         help="the CLIP to compare it with")
     add("--benchmark", metavar="DIR", help="MMVP_VLM's folder, or one of its layout")
     add("--zeroshot", type=zeroshot_task, metavar="NAME:PATH", nargs="+", default=[],
-        help="; ".join(f"{name}: {what}" for name, what in ZEROSHOT.items()))
+        help="; ".join(f"{name}: {what}" for name, what in ZEROSHOT.items()) + "; prompts: "
+             + ", ".join(f"{len(prompts)} for {name}" for name, prompts in PROMPTS.items()))
     add("--json", metavar="FILE",
         help="write the table, and every pair's scores and verdicts")
     add("--picture", metavar="FILE",
@@ -1099,21 +1178,18 @@ def run(argv):
         models[key] = load_clip(args.backbone, None if source == "original" else source)
     if not args.benchmark:
         print("no --benchmark: the zero-shot sets alone are evaluated", file=sys.stderr)
-    results = {}
-    for key, (clip, preprocess, tokenizer) in models.items():
-        try:
-            clip.to("cuda" if torch.cuda.is_available() else "cpu")
-            results[key] = evaluate(clip, preprocess, tokenizer, args.benchmark, args.zeroshot,
-                                    args.batch_size)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{first_line(error)}: choose a smaller --batch-size, or a GPU with "
-                            "more free memory by CUDA_VISIBLE_DEVICES") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results, failure = evaluate_models(models, device, args.benchmark, args.zeroshot,
+                                       args.batch_size)
     print_table(*results.values())
     if args.json:
-        about = {"backbone": args.backbone, "models": sources}
+        prompts = {name: len(PROMPTS[name]) for name, _ in args.zeroshot if name in PROMPTS}
+        about = {"backbone": args.backbone, "models": sources, "prompts": prompts}
         write_json(args.json, about | report(results))
     if args.picture:
         draw_changes(args.picture, results["before"], results["after"])
+    if failure:
+        raise failure
 
 
 def report(results):

@@ -1101,10 +1101,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(program, run, argv=None):
     """The main function of every program: run(argv). A UserError is printed as one line, with exit
-    status 2.
-
-    The message of a UserError from a DataLoader worker comes at the end of a traceback.
-    """
+    status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot encode
     try:
@@ -1115,9 +1112,14 @@ def run_command(program, run, argv=None):
         print(f"\n{program}: interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        message = str(error).rpartition("UserError: ")[2].strip()
-        tqdm.write(f"{program}: {escape(message)}", file=sys.stderr)  # keeps progress bars intact
+        message = escape(message_of(error))
+        tqdm.write(f"{program}: {message}", file=sys.stderr)  # keeps progress bars intact
         sys.exit(2)
+
+
+def message_of(error):
+    """A UserError's message, without the traceback before it if a DataLoader's worker raised it."""
+    return str(error).rpartition("UserError: ")[2].strip()
 
 
 def first_line(error):

@@ -54,11 +54,12 @@ from tqdm import tqdm
 from eval_mmvp import (
     BACKBONES,
     IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
     TOY,
     check_benchmark,
     check_export,
     check_zeroshot,
-    evaluate,
+    evaluate_models,
     export_hf,
     find_backbone,
     load_clip,
@@ -719,7 +720,6 @@ def seed_draws(stream, *key):
 
 # ------------------------------------------------------------------------------------ images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md")  # captions and metadata
 WHOLE = -1  # the size of an entry that is a whole file: file.read(-1) reads all of it
 
@@ -1256,14 +1256,16 @@ def evaluate_before_and_after(s, device):
     """The benchmark and the retention tasks with the original CLIP and with the result: a table,
     and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
-    results = []
-    for weights in (s.clip_weights, s.result):
-        clip, preprocess, tokenizer = load_clip(s.backbone, weights)
-        results.append(evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks))
-    before, after = results
-    print_table(before, after)
-    result = {"before": summary(before), "after": summary(after)}
-    write_json(os.path.join(s.out, "result.json"), result)
+    models = {
+        "before": load_clip(s.backbone, s.clip_weights),
+        "after": load_clip(s.backbone, s.result),
+    }
+    results, failure = evaluate_models(models, device, s.benchmark, tasks)
+    print_table(results["before"], results["after"])
+    written = {key: summary(result) for key, result in results.items()}
+    write_json(os.path.join(s.out, "result.json"), written)
+    if failure:
+        raise failure
 
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,
