@@ -723,7 +723,8 @@ def summarize(results):
     if rows:
         groups = {key: list(of_pattern.values()) for key, of_pattern in patterns.items()}
         rows.append(make_row("average", "pairs", groups, resample=True))
-    for name in results[some]["outcomes"]:
+    measured = [result["outcomes"] for result in results.values()]
+    for name in [name for name in measured[0] if all(name in outcomes for outcomes in measured)]:
         groups = {key: [result["outcomes"][name]] for key, result in results.items()}
         rows.append(make_row(name, "images", groups, resample=not name.endswith("accuracy")))
     return rows
@@ -825,53 +826,40 @@ PROMPTS = {  # as published with CLIP (github.com/openai/CLIP); that of folder i
 CAPTIONED = ("flickr30k", "coco")  # retrieval; the others are classifications
 
 
-def evaluate_models(models, device, benchmark_dir, zeroshot, batch_size=64):
-    """evaluate of several models, {any name: load_clip's triple}, one zero-shot set at a time.
-
-    A set that fails for one model is left out for all. Returns ({name: result}, the UserError to
-    raise once these are written, or None).
-    """
-    for clip, _, _ in models.values():
-        clip.to(device)
-    results = [evaluate(*model, benchmark_dir, (), batch_size) for model in models.values()]
-    failures = []
-    for task in zeroshot:
-        try:
-            parts = [evaluate(*model, None, [task], batch_size) for model in models.values()]
-        except UserError as error:
-            failures.append(f"the set {task[0]} was not measured: {message_of(error)}")
-            continue
-        for result, part in zip(results, parts, strict=True):
-            result["outcomes"] |= part["outcomes"]
-            result["zeroshot"] |= part["zeroshot"]
-    failure = UserError("; ".join(failures)) if failures else None
-    if failure and not results[0]["pairs"] and not results[0]["outcomes"]:
-        raise failure
-    return dict(zip(models, results, strict=True)), failure
-
-
 def evaluate(clip, preprocess, tokenizer, benchmark_dir, zeroshot=(), batch_size=64):
     """evaluate_mmvp's result, with that of every (name, path) in `zeroshot`.
 
     Adds "outcomes", {metric: (images,) array whose mean is the metric}, and "zeroshot", {metric:
     percent}. "NAME accuracy" (top 1): 1.0 for an image whose class is right. "NAME image recall@5"
     and "NAME text recall@5": an image's share of queries that find one of their own among the first
-    five. Without a benchmark (None) there are no patterns and pairs, and the average is None.
+    five. Without a benchmark (None) there are no patterns and pairs, and the average is None. A set
+    that fails is left out, and its message is in "failures": see raise_failures.
     """
     clip.eval()
     result = {"average": None, "patterns": {}, "pairs": []}
     if benchmark_dir is not None:
         result = evaluate_mmvp(clip, preprocess, tokenizer, benchmark_dir, batch_size)
-    result["outcomes"] = {}
+    result |= {"outcomes": {}, "failures": []}
     for name, path in zeroshot:
         measure = retrieve if name in CAPTIONED else classify
-        dataset, texts, more = check_zeroshot(name, path, preprocess)
-        with exact_float32():
-            outcomes = measure(clip, tokenizer, dataset, texts, more, batch_size)
+        try:
+            dataset, texts, more = check_zeroshot(name, path, preprocess)
+            with exact_float32():
+                outcomes = measure(clip, tokenizer, dataset, texts, more, batch_size)
+        except UserError as error:
+            result["failures"].append(f"{name} was not measured: {message_of(error)}")
+            continue
         for metric, values in outcomes.items():
             result["outcomes"][f"{name} {metric}"] = values
     result["zeroshot"] = {metric: percent([of]) for metric, of in result["outcomes"].items()}
     return result
+
+
+def raise_failures(results):
+    """UserError for the sets that failed, to be called once all other results are written."""
+    failures = [failure for result in results for failure in result["failures"]]
+    if failures:
+        raise UserError("; ".join(dict.fromkeys(failures)))
 
 
 def summary(result):
@@ -1014,7 +1002,8 @@ def print_table(before, after=None):
         for row in shown:
             name = escape(row["name"])[:33]
             print(f"{name:33} {row['count']:6}{format_row(row, results)}".rstrip())
-    print(f"\n{explain(rows)}")
+    if rows:
+        print(f"\n{explain(rows)}")
 
 
 def format_row(row, results):
@@ -1178,9 +1167,11 @@ def run(argv):
         models[key] = load_clip(args.backbone, None if source == "original" else source)
     if not args.benchmark:
         print("no --benchmark: the zero-shot sets alone are evaluated", file=sys.stderr)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results, failure = evaluate_models(models, device, args.benchmark, args.zeroshot,
-                                       args.batch_size)
+    results = {}
+    for key, (clip, preprocess, tokenizer) in models.items():
+        clip.to("cuda" if torch.cuda.is_available() else "cpu")
+        results[key] = evaluate(clip, preprocess, tokenizer, args.benchmark, args.zeroshot,
+                                args.batch_size)
     print_table(*results.values())
     if args.json:
         prompts = {name: len(PROMPTS[name]) for name, _ in args.zeroshot if name in PROMPTS}
@@ -1188,8 +1179,7 @@ def run(argv):
         write_json(args.json, about | report(results))
     if args.picture:
         draw_changes(args.picture, results["before"], results["after"])
-    if failure:
-        raise failure
+    raise_failures(results.values())
 
 
 def report(results):

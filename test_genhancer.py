@@ -2496,26 +2496,21 @@ def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world
 def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     """Also where a set fails: the rest is written first."""
     def loaded(name, weights):
-        return types.SimpleNamespace(to=lambda device: None, weights=weights), None, None
+        return types.SimpleNamespace(to=lambda device: weights), None, None
 
-    def measure(clip, preprocess, tokenizer, benchmark, tasks, batch_size):
-        if ("cars", "b") in tasks and clip.weights != "original":
-            raise UserError("cars/x.jpg")
-        content = {"average": clip.weights, "patterns": {}, "zeroshot": dict(tasks)}
-        return content | {"pairs": ["more"], "outcomes": {}}
+    def measure(weights, *_):
+        failures = [] if weights == "original" else ["cars was not measured: x.jpg"]
+        return dict.fromkeys((*shown, "more"), weights) | {"failures": failures}
 
+    shown = ("average", "patterns", "zeroshot")
     monkeypatch.setattr(train, "load_clip", loaded)
-    monkeypatch.setattr(eval_mmvp, "evaluate", measure)
+    monkeypatch.setattr(train, "evaluate", measure)
     monkeypatch.setattr(train, "print_table", lambda *_: None)
-    more = ("--stage", 2, "--clip-weights", "original", "--zeroshot", "cars:b", "folder:a")
-    s = settings(*more, "--out", tmp_path)
-    compare = train.evaluate_before_and_after
-    refused(lambda _: compare(s, None), "the set cars was not measured: cars/x.jpg")
-    averages = {"before": "original", "after": str(tmp_path / "clip.safetensors")}
-    assert json.loads((tmp_path / "result.json").read_text()) == {
-        key: {"average": average, "patterns": {}, "zeroshot": {"folder": "a"}}
-        for key, average in averages.items()
-    }
+    s = settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original")
+    refused(lambda _: train.evaluate_before_and_after(s, None), "cars was not measured: x.jpg")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["before"] == dict.fromkeys(shown, "original")
+    assert result["after"] == dict.fromkeys(shown, s.result)
 
 
 @pytest.mark.parametrize("run, level, rates, sampled, columns", [
@@ -4153,7 +4148,7 @@ def test_the_json_equals_the_protocol_pair_by_pair(
     """But for a pair's pattern, which is what its Type says."""
     calls = watch(monkeypatch, eval_mmvp, "evaluate")
     eval_mmvp.main([*comparison, "--batch-size=3"])
-    assert [batch_size for *_, batch_size in calls] == [3] * 4
+    assert [batch_size for *_, batch_size in calls] == [3, 3]
     content = json.loads((tmp_path / "out.json").read_text())
     keys = ["backbone", "models", "prompts", "before", "after", "rows", "pairs"]
     assert (list(content), content["prompts"]) == (keys, {"folder": 1})
@@ -4204,7 +4199,7 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
         eval_mmvp.main(flags)
     assert stop.value.code == 2
     shown = capsys.readouterr()
-    says = f"eval_mmvp.py: the set cars was not measured: cannot decode the image {last} ("
+    says = f"eval_mmvp.py: cars was not measured: cannot decode the image {last} ("
     assert shown.err.startswith(says)
     assert shown.err.count("\n") == 1
     assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", shown.out, re.M)
@@ -4213,12 +4208,9 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
     for model in ("before", "after"):
         assert list(content[model]["zeroshot"]) == ["folder accuracy"]
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
-    for name in ("out.png", "out.json"):
-        os.remove(tmp_path / name)
     monkeypatch.setattr(eval_mmvp, "MANY", 0)  # now a worker fails, and nothing else is measured
     alone = [*comparison[:2], comparison[3], f"--zeroshot=cars:{tmp_path}/cars"]
-    refused(lambda _: eval_mmvp.run(alone), "the set cars was not measured: cannot decode", last)
-    assert not (tmp_path / "out.json").exists()
+    refused(lambda _: eval_mmvp.run(alone), "cars was not measured: cannot decode", last)
 
 
 DRAWN = os.path.join(HERE, "toy", "data")

@@ -59,12 +59,13 @@ from eval_mmvp import (
     check_benchmark,
     check_export,
     check_zeroshot,
-    evaluate_models,
+    evaluate,
     export_hf,
     find_backbone,
     load_clip,
     make_tokenizer,
     print_table,
+    raise_failures,
     summary,
 )
 from genhancer import (
@@ -1256,16 +1257,14 @@ def evaluate_before_and_after(s, device):
     """The benchmark and the retention tasks with the original CLIP and with the result: a table,
     and result.json."""
     tasks = [task.partition(":")[::2] for task in s.zeroshot]
-    models = {
-        "before": load_clip(s.backbone, s.clip_weights),
-        "after": load_clip(s.backbone, s.result),
-    }
-    results, failure = evaluate_models(models, device, s.benchmark, tasks)
-    print_table(results["before"], results["after"])
-    written = {key: summary(result) for key, result in results.items()}
-    write_json(os.path.join(s.out, "result.json"), written)
-    if failure:
-        raise failure
+    results = {}
+    for key, weights in (("before", s.clip_weights), ("after", s.result)):
+        clip, preprocess, tokenizer = load_clip(s.backbone, weights)
+        results[key] = evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks)
+    print_table(*results.values())
+    summaries = {key: summary(result) for key, result in results.items()}
+    write_json(os.path.join(s.out, "result.json"), summaries)
+    raise_failures(results.values())
 
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362,

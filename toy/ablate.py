@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
-from eval_mmvp import evaluate, load_clip
+from eval_mmvp import evaluate, load_clip, raise_failures
 from genhancer import Parser, UserError, read_json, run_command, write_text
 from toy.make_toy import draw_world, write_benchmark, write_classes
 
@@ -254,6 +254,7 @@ def score(out, clip, arm, step, weights):
     """
     tasks = [("folder", f"{out}/test/zeroshot")]
     result = evaluate(*load_clip("toy", weights), f"{out}/test/mmvp", tasks)
+    raise_failures([result])
     scores = np.array([pair["scores"] for pair in result["pairs"]]).clip(1e-9, 1 - 1e-9)
     leads = np.log(scores / (1 - scores))  # (pairs, 2 statements), of the first image
     margins = np.minimum(leads[:, 0], -leads[:, 1])
