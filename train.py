@@ -54,13 +54,16 @@ from tqdm import tqdm
 from eval_mmvp import (
     BACKBONES,
     IMAGE_FORMATS,
+    OPEN_CLIP_WEIGHTS,
     TOY,
     check_benchmark,
     check_export,
     check_zeroshot,
     evaluate,
     export_hf,
+    export_open_clip,
     find_backbone,
+    how_to_open,
     load_clip,
     make_tokenizer,
     print_table,
@@ -249,7 +252,7 @@ def settings_of(stage, typed, argv):
         s.steps = typed.steps
     s.out = s.out or f"runs/{s.preset}-{s.denoiser}"
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
-    s.result = os.path.join(s.out, "clip.safetensors")
+    s.result = os.path.join(s.out, "open_clip", OPEN_CLIP_WEIGHTS)
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
     s.lr_clip = s.lr_clip or s.lr
@@ -367,7 +370,7 @@ def train_stage(s, device):
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoints = Checkpoints(s, core, model, optimizer)
     start = checkpoints.load()
-    introduce(s, core, data, images_per_step, total)
+    introduce(s, core, data, heldout, images_per_step, total)
     log = Log(s, start, total, len(data), device)
     batches = load_batches(s, data, start, total, device)
 
@@ -394,7 +397,7 @@ def train_stage(s, device):
             heldout_losses = look(s, done, core, heldout) if "sample" in due else None
             log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], heldout_losses)
         if "export" in due:
-            write_result(s, model, os.path.join(s.out, f"clip-{done:06}.safetensors"))
+            write_result(s, model, os.path.join(s.out, f"clip-{done:06}", OPEN_CLIP_WEIGHTS))
         if "save" in due:
             checkpoints.save(done)
 
@@ -404,7 +407,8 @@ def train_stage(s, device):
         print_bench(s, core, log, device)
         return
     write_result(s, model, s.result, pretrained.checksums)
-    say(f"stage {s.stage} is done: {s.result}; {log.undecodable} images could not be decoded")
+    result = s.result if s.stage == 1 else how_to_open(s.backbone, s.out)
+    say(f"stage {s.stage} is done, {log.undecodable} images could not be decoded: {result}")
 
 
 def find_due(s, step, total):
@@ -454,7 +458,7 @@ def heldout_loss(s, core, heldout, roll):
     return total / len(heldout)
 
 
-def introduce(s, core, data, images_per_step, total):
+def introduce(s, core, data, heldout, images_per_step, total):
     """Say what a reader can check: what trains, on how many images, for how long."""
     if s.preset == "bench":
         say(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn nothing; "
@@ -464,6 +468,18 @@ def introduce(s, core, data, images_per_step, total):
     say(f"stage {s.stage}: {trained:,} of {whole:,} parameters train; {len(data):,} images; "
         f"{total:,} steps of {images_per_step} images "
         f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
+    if s.denoiser == "rf" and s.stage == 1 and s.preset != "bench":
+        look_at_latents(s, core, heldout[:8].float() / 255)
+
+
+@torch.compiler.set_stance("force_eager")  # as in look
+@torch.no_grad()
+def look_at_latents(s, core, images):
+    """Say whether the VAE brings these images to unit variance, without a random draw."""
+    latents = core.autoencoder.encode(2 * images - 1, sample=False)
+    mean, std = latents.mean().item(), latents.std().item()
+    doubt = "" if 0.5 <= std <= 2 else f", far from 1: is {s.vae} the VAE that this run needs?"
+    say(f"latents of {len(images)} images: mean {mean:.2f}, standard deviation {std:.2f}{doubt}")
 
 
 # ------------------------------------------------------------------------ model and processes
@@ -1206,7 +1222,7 @@ def write_result(s, model, path, checksums=None):
         clip = trained_clip(s, weights)
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
-        write_weights(path, clip.state_dict())
+        export_open_clip(clip, os.path.dirname(path))
     barrier()
 
 
@@ -1327,7 +1343,7 @@ def lock_folder(s):
 
 def remove_parts(s):
     """What a run that was killed was writing in this folder."""
-    for folder in ("", "hf", "stage1", "stage2", "e2e", "*/samples"):
+    for folder in ("", "hf", "open_clip", "clip-*", "stage1", "stage2", "e2e", "*/samples"):
         for part in glob.glob(os.path.join(glob.escape(s.out), folder, ".part-*")):
             os.remove(part)
 
