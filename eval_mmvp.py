@@ -85,17 +85,15 @@ BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
 def load_clip(name, weights=None, random=False):
     """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
 
-    `weights` names local ones instead, which need no network. No code in them is run:
-    - open_clip's folder (open_clip_config.json), safetensors or .pt, or OpenAI's own ViT-L-14.pt;
-    - HuggingFace's folder, as save_pretrained writes it, or one of its files;
-    - a larger program's checkpoint with either of them inside.
+    `weights` names local ones instead, which need no network: a folder or file of open_clip's or
+    HuggingFace's, OpenAI's own archive, or a larger program's checkpoint. No code in them is run.
     What a visual tower alone lacks is the backbone's own, as without `weights`, and a line says so.
     `random=True` keeps the random initialisation, and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
     the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
     from a list of strings to token ids. Raises UserError for an unknown name, and for weights that
-    do not fit or say of themselves other than what the backbone computes.
+    do not fit, or beside which a configuration says other than what the backbone computes.
     """
     backbone = find_backbone(name, weights, random)
     if name == "toy" and weights is None:
@@ -134,10 +132,7 @@ def find_backbone(name, weights=None, random=False):
 
 
 def create_clip(backbone, download=False):
-    """An open_clip model that computes what its tag says: random, or with weights from the hub.
-
-    `model_cfg`, from which it was made, stays with it.
-    """
+    """An open_clip model that computes what its tag says: random, or with weights from the hub."""
     published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
     config = open_clip.get_model_config(backbone.model)
     config["quick_gelu"] = bool(config.get("quick_gelu") or published.get("quick_gelu"))
@@ -151,7 +146,7 @@ def create_clip(backbone, download=False):
             force_quick_gelu=config["quick_gelu"],  # which plain ViT-L-14 leaves to its tags
             force_preprocess_cfg=published,  # of which it takes mean, std and how to resize
         )
-        clip.model_cfg = config
+        clip.model_cfg = config  # for whoever exports it
         return clip
     except Exception as error:  # open_clip, the hub and the network each raise their own
         raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
@@ -202,7 +197,7 @@ def load_clip_file(name, backbone, path):
         clip = create_clip(backbone, download=True)
     weights = hf_weights(clip) if is_hf else clip.state_dict()
     if alone:
-        tensors = {key: weights[key] for key in weights if not key.startswith(TOWER)} | tensors
+        tensors = {key: weights[key] for key in weights } | tensors
     for key in ("logit_scale", "logit_bias"):
         if key in weights and getattr(tensors.get(key), "shape", None) == (1,):
             tensors[key] = tensors[key].reshape(weights[key].shape)  # as older files have it
@@ -276,19 +271,16 @@ def is_openais(path):
 def check_config(name, clip, path, what, is_hf, alone):
     """Refuse weights if the JSON files beside them say other than what the backbone computes."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    note = ""
+    published = ("gelu_pytorch_tanh", "gelu")  # of SigLIPs: theirs, ours; 5e-4 apart at most
     for file, part, said, ours in (read_hf if is_hf else read_open_clip)(folder, clip):
         if alone and part.startswith("text"):
             continue
         for key, value in ours.items():
-            if (said[key], value) == ("gelu_pytorch_tanh", "gelu") and is_siglip(clip):
-                # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
-                note = f"{what}: {file} says {said[key]}, and {name} computes {value}, a close one"
+            line = f"{file} says {key} {said[key]!r} ({part}), and {name} computes {value!r}"
+            if is_siglip(clip) and (said[key], value) == published:
+                print(f"{what}: {line}, which is close", file=sys.stderr)
             elif said[key] != value:
-                raise UserError(f"{what}: {file} says {key} {said[key]!r} ({part}), and {name} "
-                                f"computes {value!r}: choose another backbone")
-    if note:
-        print(note, file=sys.stderr)
+                raise UserError(f"{what}: {line}: choose another backbone")
 
 
 def read_open_clip(folder, clip):
@@ -306,8 +298,7 @@ def read_open_clip(folder, clip):
     return [(file, part, said[part], ours[part]) for part in ours]
 
 
-# What changes no features: the origin of a part, a name, what only training does; and the side of
-# images, which the model's own configuration decides.
+# What changes no features: a part's origin, names, what only training does, an unread size.
 WITHOUT_EFFECT = {"timm_model_pretrained", "hf_model_pretrained", "hf_tokenizer_name", "size",
                   "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens"}
 
@@ -326,47 +317,45 @@ def spell_out(model_cfg, preprocess_cfg):
 
 
 def read_hf(folder, clip):
-    """As read_open_clip, of HuggingFace's files, which transformers 4 and 5 name differently."""
-    kind = "siglip" if is_siglip(clip) else "clip"
-    computed = hf_config(clip) | {"image_processor": hf_preprocessor(clip.visual.preprocess_cfg)}
-    found = []
+    """As read_open_clip, of HuggingFace's files; where they are silent, transformers' values."""
+    ours = hf_config(clip) | {"image_processor": hf_preprocessor(clip.visual.preprocess_cfg)}
+    kind = ours["model_type"]
+    says = []
     for name, part in (
         ("config.json", "vision_config"),
         ("config.json", "text_config"),
-        ("preprocessor_config.json", "image_processor"),
-        ("processor_config.json", "image_processor"),
+        ("preprocessor_config.json", "image_processor"),  # transformers 4 has it here,
+        ("processor_config.json", "image_processor"),     # and 5 here, where 4 names a class alone
     ):
         file = os.path.join(folder, name)
         if not os.path.isfile(file):
             continue
         said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
-        declared = str(said.get("model_type", said.get("image_processor_type", kind))).lower()
-        if part != "image_processor" and not declared.startswith(kind):
+        if not str(said.get("model_type", kind)).startswith(kind):
             continue  # a larger program's
         if name == "processor_config.json" and "image_processor_type" not in said:
-            continue  # transformers 4's, which does not hold it
-        silent = hf_defaults(part, "siglip" in declared)
+            continue
+        silent = hf_defaults(part, kind)
         said = silent | {key: value for key, value in said.items() if value is not None}
         if isinstance(said.get("size"), int):  # older spellings
             said["size"] = {"shortest_edge": said["size"]}
         if isinstance(said.get("crop_size"), int):
-            said["crop_size"] = {"height": said["crop_size"], "width": said["crop_size"]}
-        ours = {key: computed[part][key] for key in silent if key in computed[part]}
-        found.append((file, part, said, ours))
-    return found
+            said["crop_size"] = dict.fromkeys(("height", "width"), said["crop_size"])
+        shown = {key: value for key, value in ours[part].items() if key in silent}
+        says.append((file, part, said, shown))
+    return says
 
 
-def hf_defaults(part, siglip):
-    """What transformers takes where a part of a CLIP's or SigLIP's configuration is silent."""
-    if part == "image_processor":  # open_clip's own defaults are OpenAI's too
+def hf_defaults(part, kind):
+    """What transformers takes where a part of a "clip"'s or "siglip"'s files is silent."""
+    if part == "image_processor":  # open_clip's defaults are OpenAI's, too
         half = [0.5, 0.5, 0.5]
-        look = {"mean": half, "std": half, "resize_mode": "squash"} if siglip else {}
+        look = {"mean": half, "std": half, "resize_mode": "squash"} if kind == "siglip" else {}
         return hf_preprocessor(vars(PreprocessCfg(**look)))
-    if siglip:
-        return {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-                "num_attention_heads": 12}
-    heads = 8 if part == "text_config" else 12
-    return {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": heads}
+    tower = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
+    if kind == "siglip":
+        return tower | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    return tower | ({"num_attention_heads": 8} if part == "text_config" else {})
 
 
 # ---- open_clip's format ----
@@ -374,8 +363,8 @@ def hf_defaults(part, siglip):
 def export_open_clip(clip, folder):
     """Write a CLIP (LoRA merged) for open_clip, which takes "local-dir:FOLDER" for a model's name.
 
-    SigLIP's text tokenizer, which is not in open_clip's package, must be added to the folder. The
-    weights are written last: if they are whole, so is the folder.
+    The weights are written last: if they are whole, so is the folder. SigLIP's text tokenizer is
+    not in open_clip's package.
     """
     config = {"model_cfg": clip.model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}
     write_json(os.path.join(folder, OPEN_CLIP_CONFIG), config)
@@ -384,15 +373,15 @@ def export_open_clip(clip, folder):
 
 def how_to_open(name, out):
     """The calls that open the exported CLIP in out/open_clip and out/hf, and what these lack."""
-    calls = (f"open_clip.create_model_and_transforms('local-dir:{out}/open_clip') and "
-             f"transformers.AutoModel.from_pretrained('{out}/hf') open the enhanced CLIP")
-    model = find_backbone(name, random=True).model
-    tokenizer = open_clip.get_model_config(model)["text_cfg"].get("hf_tokenizer_name")
-    if not tokenizer:
-        return calls
-    google = "google/siglip2" if "SigLIP2" in tokenizer else "google/siglip"
-    return (f"{calls}; for text, add the tokenizer files of {tokenizer} to open_clip/, and those "
-            f"of the SigLIP as google has it (such as {google}-so400m-patch14-384) to hf/")
+    line = (f"open_clip.create_model_and_transforms('local-dir:{out}/open_clip') and "
+            f"transformers.AutoModel.from_pretrained('{out}/hf') open the enhanced CLIP")
+    config = open_clip.get_model_config(find_backbone(name, random=True).model)
+    hub = config["text_cfg"].get("hf_tokenizer_name")
+    if hub:
+        google = "google/siglip2" if "SigLIP2" in hub else "google/siglip"
+        line += (f"; for text, add the tokenizer files of {hub} to open_clip/, and google's own "
+                 f"(such as {google}-so400m-patch14-384's) to hf/")
+    return line
 
 
 # ---- HuggingFace's format ----
@@ -473,7 +462,7 @@ def is_siglip(clip):
 # as open_clip has it for ViT-B-32, or for ViT-B-16-SigLIP.
 HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
              "context_length", "norm_kwargs", "act_kwargs"}
-SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
+SIGLIP_VARIES = {"timm_model_name", "vocab_size", "tokenizer_kwargs"}
 
 
 def check_export(name, clip):
@@ -554,8 +543,8 @@ def hf_preprocessor(config):
     square = {"height": side, "width": side}
     images = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
     images["resample"] = {"bicubic": 3, "bilinear": 2}[config["interpolation"]]  # Pillow's numbers
-    images |= {"rescale_factor": 1 / 255, "image_mean": list(config["mean"]),
-               "image_std": list(config["std"])}
+    images |= {"image_mean": list(config["mean"]), "image_std": list(config["std"])}
+    images["rescale_factor"] = 1 / 255
     if config["resize_mode"] == "squash":
         return images | {"size": square, "do_center_crop": False}
     return images | {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}

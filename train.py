@@ -408,7 +408,7 @@ def train_stage(s, device):
         return
     write_result(s, model, s.result, pretrained.checksums)
     result = s.result if s.stage == 1 else how_to_open(s.backbone, s.out)
-    say(f"stage {s.stage} is done, {log.undecodable} images could not be decoded: {result}")
+    say(f"stage {s.stage} is done ({log.undecodable} images could not be decoded): {result}")
 
 
 def find_due(s, step, total):
