@@ -1,9 +1,9 @@
 """MMVP-VLM, the paper's measure of fine vision (Table 1), and zero-shot retention (Table 3).
 
-    python eval_mmvp.py --preset toy --weights runs/toy-rf/clip.safetensors --baseline original
-    python eval_mmvp.py --weights clip.safetensors --baseline original --benchmark MMVP_VLM \\
+    python eval_mmvp.py --preset toy --weights runs/toy-rf/open_clip --baseline original
+    python eval_mmvp.py --weights open_clip --baseline original --benchmark MMVP_VLM \\
         --zeroshot imagenet:DIR cifar100:DIR --json result.json --picture changed.png
-    python eval_mmvp.py --weights clip.safetensors --zeroshot imagenet:DIR    # without MMVP-VLM
+    python eval_mmvp.py --weights open_clip --zeroshot imagenet:DIR    # without MMVP-VLM
 
 Every number comes with its noise. "before" is the --baseline, "after" is the model of --weights.
 The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/MMVP) but for two
@@ -32,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 import numpy as np
 import open_clip
 import torch
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CLIPTextCfg, CLIPVisionCfg
+from open_clip import CLIPTextCfg, CLIPVisionCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import ImageNetInfo  # open_clip requires timm
 from torch import nn
@@ -45,6 +46,7 @@ from genhancer import (
     UserError,
     check_writable,
     escape,
+    find_model,
     first_line,
     image_side,
     load_strictly,
@@ -59,6 +61,7 @@ from genhancer import (
     write_json,
     write_tensors,
     write_text,
+    write_weights,
 )
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
@@ -85,16 +88,15 @@ BACKBONES = {  # the six of Table 1, and the toy; to add one, add a row
 def load_clip(name, weights=None, random=False):
     """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, whose weights it downloads.
 
-    `weights` names local ones instead, which need no network. No code in them is run:
-    - open_clip's safetensors or .pt, and OpenAI's own archives, such as ViT-L-14.pt;
-    - HuggingFace's: a folder as save_pretrained writes it, or one of its files. What a vision
-      tower alone lacks is the backbone's own, as without `weights`, and a line says so;
-    - either of them behind a prefix, in a larger program's checkpoint.
+    `weights` names local ones instead, which need no network: a folder or file of open_clip's or
+    HuggingFace's, OpenAI's own archive, or a larger program's checkpoint. No code in them is run.
+    What a visual tower alone lacks is the backbone's own, as without `weights`, and a line says so.
     `random=True` keeps the random initialisation, and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, float32, eval and frozen;
     the transform from a PIL image to its input, with the tag's mean, std and resizing; the function
-    from a list of strings to token ids. Raises UserError for an unknown name and unfit weights.
+    from a list of strings to token ids. Raises UserError for an unknown name, and for weights that
+    do not fit, or beside which a configuration says other than what the backbone computes.
     """
     backbone = find_backbone(name, weights, random)
     if name == "toy" and weights is None:
@@ -103,8 +105,7 @@ def load_clip(name, weights=None, random=False):
         clip = create_clip(backbone, download=not random)
     else:
         clip = load_clip_file(name, backbone, weights)
-    config = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
-    preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
+    preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
 
     def tokenizer(texts):
         return make_tokenizer(backbone.model)(texts)
@@ -136,16 +137,20 @@ def find_backbone(name, weights=None, random=False):
 def create_clip(backbone, download=False):
     """An open_clip model that computes what its tag says: random, or with weights from the hub."""
     published = open_clip.get_pretrained_cfg(backbone.model, backbone.pretrained) or {}
+    config = open_clip.get_model_config(backbone.model)
+    config["quick_gelu"] = bool(config.get("quick_gelu") or published.get("quick_gelu"))
     try:
         logging.disable()  # open_clip logs what is raised here, and warns of random weights
-        return open_clip.create_model(
+        clip = open_clip.create_model(
             backbone.model,
             pretrained=backbone.pretrained if download else None,
             load_weights=download,
             pretrained_hf=False,
-            force_quick_gelu=bool(published.get("quick_gelu")),  # plain ViT-L-14 does not say it
+            force_quick_gelu=config["quick_gelu"],  # which plain ViT-L-14 leaves to its tags
             force_preprocess_cfg=published,  # of which it takes mean, std and how to resize
         )
+        clip.model_cfg = config  # for whoever exports it
+        return clip
     except Exception as error:  # open_clip, the hub and the network each raise their own
         raise UserError(f"open_clip cannot make {backbone.model} ({first_line(error)}): download "
                         f"its weights {backbone.pretrained!r} where there is a network, and name "
@@ -167,54 +172,72 @@ def make_tokenizer(model):
 
 # ---- reading weights, running nothing ----
 
-# A name that every CLIP has, in open_clip's or HuggingFace's format, behind any prefix.
-PATCHES = re.compile(r"((?:.*?\.)??)(visual\.conv1|visual\.trunk\.patch_embed\.proj|"
-                     r"(?:vision_model\.)?embeddings\.patch_embedding)\.weight")
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+FILES = (  # names of weights in a folder, as open_clip prefers them; two are HuggingFace's
+    OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
+)
 # Not weights: masks, positions, and the three integers in OpenAI's archives.
 IGNORED = ("attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size")
+TOWER = ("visual.", "vision_model.")  # in open_clip's format, in HuggingFace's
+HF_PATCHES = "embeddings.patch_embedding.weight"
 
 
 def load_clip_file(name, backbone, path):
-    """A CLIP with the weights of a local file or folder."""
+    """A CLIP with the weights of a local file or folder, or of a visual tower alone."""
     what = f"CLIP weights for {backbone.model}"
     tensors = {}
     for file in find_files(path):
         tensors.update(read_tensors(file, what))
-    tensors = unwrap(tensors, path, what)
-    if "vision_model.embeddings.patch_embedding.weight" in tensors:
-        return load_hf(name, backbone, tensors, path, what)
     clip = create_clip(backbone)
-    for key, target in clip.state_dict().items():
-        if key.startswith("logit_") and getattr(tensors.get(key), "shape", None) == (1,):
-            tensors[key] = tensors[key].reshape(target.shape)  # as older files have it
-    return load_strictly(clip, tensors, path, what)
+    tensors, is_hf = unwrap(clip, tensors, path, what)
+    if is_hf:
+        check_export(name, clip)  # what transformers cannot hold is not in its files
+    alone = tensors and all(key.startswith((*TOWER, "visual_projection.")) for key in tensors)
+    if alone:
+        print(f"{what}: {path} is a visual tower alone: all else is {name}'s", file=sys.stderr)
+        clip = create_clip(backbone, download=True)
+    weights = hf_weights(clip) if is_hf else clip.state_dict()
+    if alone:
+        tensors = {key: weights[key] for key in weights } | tensors
+    for key in ("logit_scale", "logit_bias"):
+        if key in weights and getattr(tensors.get(key), "shape", None) == (1,):
+            tensors[key] = tensors[key].reshape(weights[key].shape)  # as older files have it
+    load_strictly(weights, tensors, path, what)
+    if is_hf and is_siglip(clip):  # these two are no views
+        pool = clip.visual.trunk.attn_pool.state_dict()
+        for kind in ("weight", "bias"):
+            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
+            rows = len(packed) // 3
+            pool[f"q.{kind}"].copy_(packed[:rows])
+            pool[f"kv.{kind}"].copy_(packed[rows:])
+    check_config(name, clip, path, what, is_hf, alone)
+    return clip
 
 
-def unwrap(tensors, path, what):
-    """The tensors of the one CLIP among these, without the prefix that all of its names have."""
-    found = [match for name in tensors if (match := PATCHES.fullmatch(name))]
-    if len(found) > 1:
-        names = " and ".join(match[0] for match in found[:2])
-        raise UserError(f"{what}: {path} holds several CLIPs ({names}): save one alone")
-    prefix, patches = found[0].groups() if found else ("", "")
-    # transformers 5 saves a vision tower alone without its name.
-    tower = "vision_model." if patches.startswith("embeddings") else ""
-    inside = [name for name in tensors if name.startswith(prefix)]
-    if len(inside) < len(tensors):
-        print(f"{what}: {path} holds the CLIP behind {prefix!r}, and "
-              f"{len(tensors) - len(inside)} tensors elsewhere are left out", file=sys.stderr)
-    return {tower + name.removeprefix(prefix): tensors[name] for name in inside
-            if name.rpartition(".")[2] not in IGNORED}
+def unwrap(clip, tensors, path, what):
+    """The tensors of the one CLIP among these, and whether they are in HuggingFace's format."""
+    names = clip.state_dict()
+    for last in reversed(clip.visual.state_dict()):
+        if sum(name.endswith(f".{last}") for name in names) == 1:
+            break  # no other name of this CLIP ends like that
+    pattern = rf"(visual\.)?{re.escape(last)}|(vision_model\.)?{re.escape(HF_PATCHES)}"
+    tensors, found = find_model(tensors, pattern, path, what)
+    # A tower alone may lack its name, as open_clip and transformers 5 save it.
+    tower = {last: "visual.", HF_PATCHES: "vision_model."}.get(found, "")
+    kept = [name for name in tensors if name.rpartition(".")[2] not in IGNORED]
+    return {tower + name: tensors[name] for name in kept}, found.endswith(HF_PATCHES)
 
 
 def find_files(path):
-    """The files that hold the weights: `path` itself, or those of a folder of HuggingFace's."""
+    """The files that hold the weights: `path` itself, or those of a folder."""
     path = os.fspath(path)
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        raise UserError(f"CLIP weights not found at {path!r}: name a file or a HuggingFace folder")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+        raise UserError(f"CLIP weights not found at {path!r}: name a file or a folder")
+    for name in FILES:
         file = os.path.join(path, name)
         if os.path.isfile(file):
             return [file]
@@ -222,8 +245,8 @@ def find_files(path):
             shards = read_json(f"{file}.index.json", "weight_map").values()
             names = sorted({os.path.basename(str(shard)) for shard in shards})
             return [os.path.join(path, name) for name in names]
-    raise UserError(f"CLIP weights: the folder {path} is not in HuggingFace's format (it holds no "
-                    "model.safetensors, no pytorch_model.bin, and no index of either): name a file")
+    raise UserError(f"CLIP weights: the folder {path} is neither in open_clip's nor in "
+                    f"HuggingFace's format (it holds no {', '.join(FILES)}): name a file")
 
 
 def read_tensors(path, what):
@@ -244,6 +267,124 @@ def is_openais(path):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     models = open_clip.list_pretrained_models_by_tag("openai")
     return any(digest in open_clip.get_pretrained_cfg(name, "openai")["url"] for name in models)
+
+
+# ---- what shows in no shape ----
+
+def check_config(name, clip, path, what, is_hf, alone):
+    """Refuse weights if the JSON files beside them say other than what the backbone computes."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    published = ("gelu_pytorch_tanh", "gelu")  # of SigLIPs: theirs, ours; 5e-4 apart at most
+    for file, part, said, ours in (read_hf if is_hf else read_open_clip)(folder, clip):
+        if alone and part.startswith("text"):
+            continue
+        for key, value in ours.items():
+            line = f"{file} says {key} {said[key]!r} ({part}), and {name} computes {value!r}"
+            if is_siglip(clip) and (said[key], value) == published:
+                print(f"{what}: {line}, which is close", file=sys.stderr)
+            elif said[key] != value:
+                raise UserError(f"{what}: {line}: choose another backbone")
+
+
+def read_open_clip(folder, clip):
+    """[(file, part, what it says, what the clip computes)] of a folder's open_clip_config.json."""
+    file = os.path.join(folder, OPEN_CLIP_CONFIG)
+    if not os.path.isfile(file):
+        return []
+    config = read_json(file)
+    try:
+        said = spell_out(config["model_cfg"], config.get("preprocess_cfg", {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no configuration of this open_clip's ({first_line(error)}): "
+                        "update open_clip, or choose other weights") from None
+    ours = spell_out(clip.model_cfg, clip.visual.preprocess_cfg)
+    return [(file, part, said[part], ours[part]) for part in ours]
+
+
+# What changes no features: a part's origin, names, what only training does, an unread size.
+WITHOUT_EFFECT = {"timm_model_pretrained", "hf_model_pretrained", "hf_tokenizer_name", "size",
+                  "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens"}
+
+
+def spell_out(model_cfg, preprocess_cfg):
+    """open_clip's configuration, with its own values where it is silent: {part: {key: value}}."""
+    parts = {
+        "model_cfg": {"quick_gelu": bool(model_cfg.get("quick_gelu"))},
+        "vision_cfg": vars(CLIPVisionCfg(**model_cfg["vision_cfg"])),
+        "text_cfg": vars(CLIPTextCfg(**model_cfg["text_cfg"])),
+        "preprocess_cfg": merge_preprocess_dict(PreprocessCfg(), preprocess_cfg),
+    }
+    for part, values in parts.items():
+        parts[part] = {key: values[key] for key in values if key not in WITHOUT_EFFECT}
+    return json.loads(json.dumps(parts))  # of tuples this makes lists
+
+
+def read_hf(folder, clip):
+    """As read_open_clip, of HuggingFace's files; where they are silent, transformers' values."""
+    ours = hf_config(clip) | {"image_processor": hf_preprocessor(clip.visual.preprocess_cfg)}
+    kind = ours["model_type"]
+    says = []
+    for name, part in (
+        ("config.json", "vision_config"),
+        ("config.json", "text_config"),
+        ("preprocessor_config.json", "image_processor"),  # transformers 4 has it here,
+        ("processor_config.json", "image_processor"),     # and 5 here, where 4 names a class alone
+    ):
+        file = os.path.join(folder, name)
+        if not os.path.isfile(file):
+            continue
+        said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
+        if not str(said.get("model_type", kind)).startswith(kind):
+            continue  # a larger program's
+        if name == "processor_config.json" and "image_processor_type" not in said:
+            continue
+        silent = hf_defaults(part, kind)
+        said = silent | {key: value for key, value in said.items() if value is not None}
+        if isinstance(said.get("size"), int):  # older spellings
+            said["size"] = {"shortest_edge": said["size"]}
+        if isinstance(said.get("crop_size"), int):
+            said["crop_size"] = dict.fromkeys(("height", "width"), said["crop_size"])
+        shown = {key: value for key, value in ours[part].items() if key in silent}
+        says.append((file, part, said, shown))
+    return says
+
+
+def hf_defaults(part, kind):
+    """What transformers takes where a part of a "clip"'s or "siglip"'s files is silent."""
+    if part == "image_processor":  # open_clip's defaults are OpenAI's, too
+        half = [0.5, 0.5, 0.5]
+        look = {"mean": half, "std": half, "resize_mode": "squash"} if kind == "siglip" else {}
+        return hf_preprocessor(vars(PreprocessCfg(**look)))
+    tower = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
+    if kind == "siglip":
+        return tower | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    return tower | ({"num_attention_heads": 8} if part == "text_config" else {})
+
+
+# ---- open_clip's format ----
+
+def export_open_clip(clip, folder):
+    """Write a CLIP (LoRA merged) for open_clip, which takes "local-dir:FOLDER" for a model's name.
+
+    The weights are written last: if they are whole, so is the folder. SigLIP's text tokenizer is
+    not in open_clip's package.
+    """
+    config = {"model_cfg": clip.model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}
+    write_json(os.path.join(folder, OPEN_CLIP_CONFIG), config)
+    write_weights(os.path.join(folder, OPEN_CLIP_WEIGHTS), clip.state_dict())
+
+
+def how_to_open(name, out):
+    """The calls that open the exported CLIP in out/open_clip and out/hf, and what these lack."""
+    line = (f"open_clip.create_model_and_transforms('local-dir:{out}/open_clip') and "
+            f"transformers.AutoModel.from_pretrained('{out}/hf') open the enhanced CLIP")
+    config = open_clip.get_model_config(find_backbone(name, random=True).model)
+    hub = config["text_cfg"].get("hf_tokenizer_name")
+    if hub:
+        google = "google/siglip2" if "SigLIP2" in hub else "google/siglip"
+        line += (f"; for text, add the tokenizer files of {hub} to open_clip/, and google's own "
+                 f"(such as {google}-so400m-patch14-384's) to hf/")
+    return line
 
 
 # ---- HuggingFace's format ----
@@ -320,94 +461,24 @@ def is_siglip(clip):
     return isinstance(clip.visual, open_clip.timm_model.TimmModel)
 
 
-def load_hf(name, backbone, tensors, path, what):
-    """A CLIP with the weights of a HuggingFace state dict, or of its vision tower alone."""
-    alone = not any(key.startswith("text_model.") for key in tensors)
-    try:
-        clip = create_clip(backbone, download=alone)
-    except UserError as error:
-        if not alone:
-            raise
-        raise UserError(f"{what}: {path} is a vision tower alone, and the rest, which is "
-                        f"{name}'s, is not at hand: {error}") from None
-    check_export(name, clip)  # what transformers cannot hold is not in its files
-    weights = hf_weights(clip)
-    rest = {}
-    if alone:  # what the file lacks stays the backbone's own
-        rest = {key: own for key, own in weights.items()
-                if key not in tensors and not key.startswith("vision_model.")}
-    load_strictly(weights, tensors | rest, path, what)
-    if is_siglip(clip):
-        pool = clip.visual.trunk.attn_pool.state_dict()
-        for kind in ("weight", "bias"):
-            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
-            rows = len(packed) // 3
-            pool[f"q.{kind}"].copy_(packed[:rows])
-            pool[f"kv.{kind}"].copy_(packed[rows:])
-    check_config(name, clip, path, what, alone)
-    if alone:
-        more = " and visual projection" if PROJECTIONS[0] in rest else ""
-        print(f"{what}: {path} is a vision tower alone, with {name}'s text tower{more}",
-              file=sys.stderr)
-    return clip
-
-
-HF_DEFAULTS = [  # what shows in no shape; transformers' values where a CLIP's, a SigLIP's is silent
-    ("config.json", "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    ("config.json", "vision_config", "layer_norm_eps", 1e-5, 1e-6),
-    ("config.json", "vision_config", "num_attention_heads", 12, 12),
-    ("config.json", "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    ("config.json", "text_config", "layer_norm_eps", 1e-5, 1e-6),
-    ("config.json", "text_config", "num_attention_heads", 8, 12),
-    ("preprocessor_config.json", "image", "image_mean", [*OPENAI_DATASET_MEAN], [0.5, 0.5, 0.5]),
-    ("preprocessor_config.json", "image", "image_std", [*OPENAI_DATASET_STD], [0.5, 0.5, 0.5]),
-]
-
-
-def check_config(name, clip, path, what, alone):
-    """Refuse weights if the JSON files beside them say other than what the backbone computes."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    ours = hf_config(clip) | {"image": hf_preprocessor(clip)}
-    kind = ours["model_type"]
-    note = ""
-    for file, part, key, of_clip, of_siglip in HF_DEFAULTS:
-        file = os.path.join(folder, file)
-        if not os.path.isfile(file) or (alone and part == "text_config"):
-            continue
-        said = read_json(file, f"{part}_dict", part)  # transformers prefers the former, an old one
-        if not str(said.get("model_type", kind)).startswith(kind):
-            continue  # a larger program's
-        theirs = said.get(key, of_siglip if kind == "siglip" else of_clip)
-        value = ours[part][key]
-        if (kind, theirs, value) == ("siglip", "gelu_pytorch_tanh", "gelu"):
-            # So it is with the published SigLIPs, whose activations differ by 5e-4 at most.
-            note = f"{what}: {file} says {theirs}, and {name} computes {value}, which is close"
-        elif theirs != value:
-            raise UserError(f"{what}: {file} says {key} {theirs!r} ({part}), and {name} computes "
-                            f"{value!r}: choose another backbone")
-    if note:
-        print(note, file=sys.stderr)
-
-
 # What may vary in open_clip's configuration, since shapes or hf_config show it. All else must be
 # as open_clip has it for ViT-B-32, or for ViT-B-16-SigLIP.
 HF_VARIES = {"width", "layers", "heads", "head_width", "mlp_ratio", "patch_size", "image_size",
              "context_length", "norm_kwargs", "act_kwargs"}
-SIGLIP_VARIES = {"timm_model_name", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
+SIGLIP_VARIES = {"timm_model_name", "vocab_size", "tokenizer_kwargs"}
 
 
 def check_export(name, clip):
     """Refuse, with a UserError, a CLIP that transformers' CLIPModel or SiglipModel cannot hold."""
-    config = open_clip.get_model_config(find_backbone(name, random=True).model)
     siglip = is_siglip(clip)
     reference = open_clip.get_model_config("ViT-B-16-SigLIP" if siglip else "ViT-B-32")
     varies = HF_VARIES | SIGLIP_VARIES if siglip else HF_VARIES
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        held = vars(kind(**reference[part]))
-        for key, value in vars(kind(**config[part])).items():
-            if value != held[key] and (key not in varies or isinstance(value, list)):
+    held, ours = spell_out(reference, {}), spell_out(clip.model_cfg, {})
+    for part in ("vision_cfg", "text_cfg"):
+        for key, value in ours[part].items():
+            if value != held[part][key] and (key not in varies or isinstance(value, list)):
                 raise UserError(f"{name} does not fit into HuggingFace's format ({part}: {key} is "
-                                f"{value!r}, not {held[key]!r}): choose another backbone")
+                                f"{value!r}, not {held[part][key]!r}): choose another backbone")
 
 
 def export_hf(clip, folder):
@@ -415,8 +486,10 @@ def export_hf(clip, folder):
     CLIPVisionModel or SiglipModel `.from_pretrained(folder)` loads it. SigLIP's text tokenizer is
     not in open_clip's package."""
     config = hf_config(clip)
+    images = hf_preprocessor(clip.visual.preprocess_cfg)
+    images["image_processor_type"] = f"{'Siglip' if is_siglip(clip) else 'CLIP'}ImageProcessor"
     write_json(os.path.join(folder, "config.json"), config)
-    write_json(os.path.join(folder, "preprocessor_config.json"), hf_preprocessor(clip))
+    write_json(os.path.join(folder, "preprocessor_config.json"), images)
     if not is_siglip(clip):
         write_hf_tokenizer(folder, config["text_config"]["max_position_embeddings"])
     weights = {name: tensor.cpu() for name, tensor in hf_weights(clip).items()}
@@ -467,19 +540,17 @@ def hf_tower(blocks):
             "layer_norm_eps": norm.eps, "attention_dropout": 0.0, "hidden_act": activation}
 
 
-def hf_preprocessor(clip):
-    """transformers' preprocessor_config.json: the clip's own resizing, mean and std."""
-    config, side = clip.visual.preprocess_cfg, image_side(clip.visual)
-    squash = config["resize_mode"] == "squash"
+def hf_preprocessor(config):
+    """open_clip's configuration of images in transformers' words, but for the class's name."""
+    side = PreprocessCfg(**config).input_size[1]
     square = {"height": side, "width": side}
-    steps = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-    return dict.fromkeys(steps, True) | {
-        "image_processor_type": "SiglipImageProcessor" if is_siglip(clip) else "CLIPImageProcessor",
-        "size": square if squash else {"shortest_edge": side},
-        "resample": {"bicubic": 3, "bilinear": 2}[config["interpolation"]],  # Pillow's numbers
-        "do_center_crop": not squash, "crop_size": square, "rescale_factor": 1 / 255,
-        "image_mean": list(config["mean"]), "image_std": list(config["std"]),
-    }
+    images = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    images["resample"] = {"bicubic": 3, "bilinear": 2}[config["interpolation"]]  # Pillow's numbers
+    images |= {"image_mean": list(config["mean"]), "image_std": list(config["std"])}
+    images["rescale_factor"] = 1 / 255
+    if config["resize_mode"] == "squash":
+        return images | {"size": square, "do_center_crop": False}
+    return images | {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
 
 
 def write_hf_tokenizer(folder, context_length):

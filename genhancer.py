@@ -934,7 +934,7 @@ INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 def read_pickle(path, what):
-    """The state dict that torch.save wrote: at the top, or under `state_dict` or `model`.
+    """What torch.save wrote, by name: nested dictionaries are one, with dotted names.
 
     Nothing that the file may carry is run: torch's restricted unpickler makes tensors and INERT.
     """
@@ -944,17 +944,47 @@ def read_pickle(path, what):
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused
             content = torch.load(path, map_location="cpu", weights_only=True)
+        values = flatten(content) if isinstance(content, dict) else {}
     except Exception as error:  # a broken or malicious pickle can raise anything
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
         raise UserError(f"{what}: {path} cannot be read safely ({reason}), and nothing in it was "
                         "run: download it again, or save its state dict alone") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
+    if not values:
         raise UserError(f"{what}: {path} holds no state dict")
-    return {str(name): value for name, value in content.items()}
+    return values
+
+
+def flatten(content, prefix=""):
+    """A dictionary of dictionaries as one: {"a": {"b": 1}} is {"a.b": 1}."""
+    values = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            values |= flatten(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
+
+def find_model(values, pattern, path, what):
+    """Of a file's values, by name, those of one model, and the model's own name that `pattern` is.
+
+    They share the prefix that stands before that name, and lose it. If no name ends in the pattern,
+    all values are returned, and "". UserError if several do.
+    """
+    matches = [re.fullmatch(rf"((?:.*?\.)??)({pattern})", name) for name in values]
+    found = [match for match in matches if match]
+    if len(found) > 1:
+        names = " and ".join(match[0] for match in found[:2])
+        raise UserError(f"{what}: {path} holds several models ({names}): save one alone")
+    prefix, name = found[0].group(1, 2) if found else ("", "")
+    outside = [value for key, value in values.items() if not key.startswith(prefix)]
+    elsewhere = sum(isinstance(value, torch.Tensor) for value in outside)
+    if elsewhere:
+        print(f"{what}: {path} holds the model behind {prefix!r}; {elsewhere} tensors elsewhere "
+              "are left out", file=sys.stderr)
+    inside = {key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)}
+    return inside, name
 
 
 def write_weights(path, tensors, about=None):

@@ -37,7 +37,7 @@ import traceback
 import types
 import zlib
 from collections import OrderedDict
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from fractions import Fraction
 from functools import lru_cache
 
@@ -156,6 +156,8 @@ def world(tmp_path_factory):
         perturb(clip)
         save_file(clip.state_dict(), folder / f"{name}.safetensors")
         eval_mmvp.BACKBONES[name] = eval_mmvp.Backbone(name, "no tag")
+    squash = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    open_clip.pretrained._PRETRAINED["tiny-siglip"] = {"no tag": squash}
 
     for name, module in (("vae", AutoEncoder(TINY_VAE)), ("vqgan", vqgan_file.VQGAN(TINY_VQGAN))):
         about = {name: dataclasses.asdict(module.config)}
@@ -509,6 +511,22 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp
     vqgan_file.load_vqgan("it.safetensors")
 
 
+def test_a_vqgan_is_found_inside_any_checkpoint(state, tmp_path, capsys):
+    content = {"unet": torch.ones(1), "ema": {"first_stage": {"model": state}}}
+    torch.save(content, tmp_path / "it")
+    convert(tmp_path / "it")
+    assert load_file(tmp_path / "it.out").keys() == state.keys()
+    said = "it holds the model behind 'ema.first_stage.model.'; 1 tensors elsewhere are left out\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_dictionary_within_itself_is_one_line(tmp_path):
+    content = {}
+    content["it"] = content
+    torch.save(content, tmp_path / "it")
+    refused(convert, tmp_path / "it", "cannot be read safely (RecursionError)")
+
+
 @pytest.mark.parametrize("value", [
     "text", torch.tensor(0), torch.ones(32).to_sparse(), torch.ones(32, device="meta"),
 ])
@@ -523,8 +541,9 @@ def test_a_value_that_is_no_ordinary_tensor_is_refused_by_name(state, tmp_path, 
 @pytest.mark.parametrize("content, says", [
     ([1, 2], "no state dict"),
     ({"state_dict": [1, 2]}, "must be [512], not absent"),
-    ({"state_dict": {"loss.a": torch.ones(1)}}, "must be [512], not absent"),
-    ({"state_dict": {1: torch.ones(1)}}, "1 must be absent, not [1]"),
+    ({"state_dict": {1: torch.ones(1)}}, "must be [512], not absent"),
+    ({"state_dict": {}}, "no state dict"),
+    ({"a": {CODES: 0}, "b": {CODES: 0}}, f"several models (a.{CODES} and b.{CODES})"),
 ])
 def test_a_checkpoint_of_anything_else_is_refused(tmp_path, content, says):
     torch.save(content, tmp_path / "it")
@@ -1627,7 +1646,7 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monke
     theirs = open_clip.transform.image_transform_v2(look, is_train=False)(image)
     assert torch.equal(preprocess(image), theirs)
     assert eval_mmvp.hf_config(clip)["vision_config"]["hidden_act"] == "quick_gelu"
-    assert eval_mmvp.hf_preprocessor(clip)["resample"] == 2  # Pillow's number of bilinear
+    assert eval_mmvp.hf_preprocessor(clip.visual.preprocess_cfg)["resample"] == 2  # bilinear
 
 
 def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, tmp_path):
@@ -1650,8 +1669,8 @@ def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, 
     ("ViT-B-32:opnai", "tiny-clip.safetensors", "'ViT-B-32:opnai' names no tag"),
     ("ViT-B-16-SigLIP", "tiny-siglip.safetensors", "with one of its tags (webli)"),
     ("ViT-S-16", "tiny-clip.safetensors", "it has none: choose another model"),
-    ("tiny-clip", "nowhere.pt", "nowhere.pt': name a file"),
-    ("tiny-clip", "data", "data is not in HuggingFace's format"),
+    ("tiny-clip", "nowhere.pt", "nowhere.pt': name a file or a folder"),
+    ("tiny-clip", "data", "data is neither in open_clip's nor in HuggingFace's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
     ("tiny-clip", "tiny-clip.json", "tiny-clip.json cannot be read safely"),
@@ -1718,24 +1737,37 @@ BESIDE = {  # what a training program saves beside its weights, and runs nothing
 @pytest.mark.parametrize("prefix, key, beside", [
     # The prefix of the CLIP's names, the name of the state dict, how many tensors stand beside.
     ("", None, 0),
-    ("module.", "state_dict", 0),
-    ("_orig_mod.", "model", 0),
-    ("module._orig_mod.", "state_dict", 0),
-    ("class_model.model.", "state_dict", 3),
     ("model.vision_tower.", None, 2),
+    ("module.", "state_dict", 1),
+    ("module._orig_mod.", "model_state_dict", 1),
+    ("class_model.model.", "clip", 4),
 ])
 def test_a_clip_behind_a_prefix_is_found(world, tmp_path, capsys, clip, prefix, key, beside):
     model = load_tiny(world, clip)
     path = tmp_path / "it.pt"
     old = {"attn_mask": torch.zeros(77, 77), "logit_scale": model.logit_scale.reshape(1)}
+    whole = f"{key}.{prefix}" if key else prefix
     for inner in (model.state_dict() | old, eval_mmvp.hf_weights(model)):
-        state = {f"unet.{i}": torch.zeros(2) for i in range(beside)}
+        state = {f"unet.{i}": torch.zeros(2) for i in range(beside - bool(key))}
         state |= {prefix + name: tensor for name, tensor in inner.items()}
-        torch.save(BESIDE | {key: state} if key else state, path)
+        torch.save(BESIDE | {key: state} if key else state, path)  # BESIDE holds one tensor
         assert_same_weights(load_clip(clip, path)[0], model)
-        line = f"{path} holds the CLIP behind {prefix!r}, and {beside} tensors elsewhere are left"
-        error = capsys.readouterr().err
-        assert error.partition(": ")[2] == (f"{line} out\n" if beside else "")
+        line = f"{path} holds the model behind {whole!r}; {beside} tensors elsewhere are left out\n"
+        assert capsys.readouterr().err.partition(": ")[2] == (line if beside else "")
+
+
+def test_a_clip_with_batch_norm_comes_with_its_counters(world, tmp_path):
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(TINY_CLIP | {"vision_cfg": vision}))
+    open_clip.add_model_config(tmp_path / "tiny-resnet.json")
+    open_clip.pretrained._PRETRAINED["tiny-resnet"] = {"it": {}}
+    clip = open_clip.create_model("tiny-resnet", load_weights=False)
+    perturb(clip)
+    clip.visual.bn1.num_batches_tracked += 7
+    torch.save({"epoch": 3, "clip": clip.state_dict()}, tmp_path / "it.pt")
+    loaded = load_clip("tiny-resnet:it", tmp_path / "it.pt")[0]
+    assert_same_weights(loaded, clip)
+    assert loaded.visual.bn1.num_batches_tracked.dtype == torch.int64
 
 
 K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
@@ -1746,7 +1778,7 @@ K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     (K_WEIGHT, torch.zeros(64, 32), f"{K_WEIGHT} must be [64, 64], not [64, 32]"),
     (K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
     ("text_model.more", torch.zeros(1), "text_model.more must be absent, not [1]"),
-    ("ema.visual.conv1.weight", torch.zeros(1), "several CLIPs (ema.visual.conv1.weight and "),
+    ("ema.visual.ln_post.bias", torch.zeros(1), "several models (ema.visual.ln_post.bias and "),
 ])
 def test_a_spoilt_clip_is_refused(exported, tmp_path, name, value, says):
     weights = exported / "tiny-clip" / "model.safetensors"
@@ -1804,15 +1836,151 @@ def test_an_archive_runs_none_of_its_code(tmp_path, monkeypatch):
     assert os.path.exists("owned")
 
 
+# ------------------------------------------------------------------ open_clip's format
+
+
+def shrunk(name, folder):
+    """A MODEL:TAG that is like `name` in all but sizes; without the network's weights."""
+    model, tag = find_backbone(name)
+    config = open_clip.get_model_config(model)
+    small = {"vision_cfg": {"image_size": 32}, "text_cfg": {"width": 48, "heads": 2, "layers": 1}}
+    if "timm_model_name" in config["vision_cfg"]:
+        small["vision_cfg"]["timm_model_name"] = "tiny_siglip_tower"
+    else:
+        small["vision_cfg"] |= {"layers": 1, "width": 64, "head_width": 16, "patch_size": 8}
+    config = config | {part: config[part] | small[part] for part in small} | {"embed_dim": 48}
+    (folder / f"tiny-{model}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"tiny-{model}.json")
+    published = {tag: open_clip.get_pretrained_cfg(model, tag)}
+    open_clip.pretrained._PRETRAINED[f"tiny-{model}"] = published
+    return f"tiny-{model}:{tag}"
+
+
+@pytest.mark.parametrize("name", [
+    *eval_mmvp.BACKBONES, "tiny-gelu:it", "ViT-L-14:openai", "ViT-L-14:laion2b_s32b_b82k",
+])
+def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatch, name):
+    """Features, pixels and tokens are those of the CLIP that was exported, with no network."""
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    small = name if name in ("toy", "tiny-gelu:it") else shrunk(name, tmp_path)
+    clip, preprocess, tokenizer = load_clip(small, random=name != "toy")
+    perturb(clip)
+    eval_mmvp.export_open_clip(clip, tmp_path / "it")
+    folder = f"local-dir:{tmp_path}/it"
+    theirs, _, their_preprocess = open_clip.create_model_and_transforms(folder)
+    theirs.eval().requires_grad_(False)
+    image = noise_image(np.random.default_rng(0), 48, 64)
+    pixels = preprocess(image)
+    assert torch.equal(their_preprocess(image), pixels)
+    assert torch.equal(theirs.encode_image(pixels[None]), clip.encode_image(pixels[None]))
+    text = clip.model_cfg["text_cfg"]
+    tokens = torch.randint(1, 1000, (2, text["context_length"]))
+    assert torch.equal(theirs.encode_text(tokens), clip.encode_text(tokens))
+    assert torch.equal(theirs.logit_scale, clip.logit_scale)
+    assert_same_weights(load_clip(small, tmp_path / "it")[0], clip)
+    if "SigLIP" in find_backbone(name).model:  # its tokenizer comes from the hub, by this name
+        config = json.loads((tmp_path / "it" / "open_clip_config.json").read_text())
+        assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "timm/ViT-B-16-SigLIP"
+    else:
+        words = ["a photo of a cat", "Two  Dogs!"]
+        assert torch.equal(open_clip.get_tokenizer(folder)(words), tokenizer(words))
+
+
+def test_an_exported_open_clip_folder_says_what_it_is(more, tmp_path):
+    clip = load_clip("tiny-gelu:it", random=True)[0]
+    eval_mmvp.export_open_clip(clip, tmp_path)
+    look = {"size": [32, 32], "mode": "RGB", "fill_color": 0} | LOOK
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": look}
+    assert json.loads((tmp_path / "open_clip_config.json").read_text()) == config
+    weights, about = gh.read_weights(tmp_path / "open_clip_model.safetensors", "it")
+    assert about == {}  # nothing of time or place
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert sorted(os.listdir(tmp_path)) == ["open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_where_a_results_weights_are_whole_so_is_all_else(more, trained, tmp_path, monkeypatch):
+    """A run without them is not finished: they are written last."""
+    monkeypatch.setattr(eval_mmvp, "write_json", fails(UserError("no room")))
+    with pytest.raises(UserError):
+        eval_mmvp.export_open_clip(load_tiny(more), tmp_path)
+    assert not (tmp_path / "open_clip_model.safetensors").exists()
+    last = max(trained.glob("rf/*/*.*"), key=lambda path: path.stat().st_mtime_ns)
+    assert last == trained / "rf" / "open_clip" / "open_clip_model.safetensors"
+
+
+def change(config, where, value):
+    """Set, or for ... remove, the entry of a nested dictionary whose path is `where`."""
+    *parts, key = where.split()
+    for part in parts:
+        config = config[part]
+    config[key] = value
+    if value is ...:
+        del config[key]
+
+
+@pytest.mark.parametrize("where, value, says", [
+    ("model_cfg quick_gelu", False, "quick_gelu False (model_cfg), and tiny-clip computes True"),
+    ("model_cfg quick_gelu", ..., "quick_gelu False (model_cfg), and tiny-clip computes True"),
+    ("model_cfg vision_cfg head_width", 32, "head_width 32 (vision_cfg)"),
+    ("model_cfg vision_cfg head_width", ..., "head_width 64 (vision_cfg), and tiny-clip computes"),
+    ("model_cfg vision_cfg norm_kwargs", {"eps": 1e-6}, "norm_kwargs {'eps': 1e-06} (vision_cfg)"),
+    ("model_cfg vision_cfg pool_type", "avg", "pool_type 'avg' (vision_cfg)"),
+    ("model_cfg text_cfg heads", ..., "heads 8 (text_cfg), and tiny-clip computes 2: choose "),
+    ("model_cfg text_cfg act_kwargs", {"a": 1}, "act_kwargs {'a': 1} (text_cfg)"),
+    ("model_cfg text_cfg tokenizer_kwargs", {"clean": "lower"}, "tokenizer_kwargs {'clean': "),
+    ("preprocess_cfg mean", [0.5] * 3, "mean [0.5, 0.5, 0.5] (preprocess_cfg), and tiny-clip"),
+    ("preprocess_cfg std", [0.5] * 3, "std [0.5, 0.5, 0.5] (preprocess_cfg)"),
+    ("preprocess_cfg interpolation", "bilinear", "interpolation 'bilinear' (preprocess_cfg)"),
+    ("preprocess_cfg resize_mode", "squash", "resize_mode 'squash' (preprocess_cfg)"),
+    ("preprocess_cfg fill_color", 1, "fill_color 1 (preprocess_cfg)"),
+    ("model_cfg vision_cfg rope", True, "no configuration of this open_clip's (CLIPVisionCfg."),
+    ("model_cfg", ..., "no configuration of this open_clip's ('model_cfg')"),
+    ("model_cfg", [], "no configuration of this open_clip's"),
+    ("preprocess_cfg", [1], "no configuration of this open_clip's"),
+    # Silence where open_clip's own value is the same, and what changes no features.
+    ("preprocess_cfg", ..., None),
+    ("preprocess_cfg size", 224, None),
+    ("model_cfg vision_cfg patch_dropout", 0.5, None),
+    ("model_cfg text_cfg hf_tokenizer_name", "me/mine", None),
+])
+def test_what_an_open_clip_folder_says_is_compared(exported, tmp_path, where, value, says):
+    shutil.copytree(exported.parent / "open_clip" / "tiny-clip", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    change(config, where, value)
+    file.write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / "open_clip_model.safetensors"):
+        if says:
+            with pytest.raises(UserError) as error:
+                load_clip("tiny-clip", path)
+            assert_one_line(error, file, says)
+        else:
+            load_clip("tiny-clip", path)
+
+
+@pytest.mark.parametrize("file, save", [
+    ("open_clip_pytorch_model.safetensors", save_file),
+    ("open_clip_pytorch_model.bin", torch.save),
+    ("model.safetensors", save_file),
+])
+def test_a_folder_of_the_hubs_in_open_clips_format_is_taken(world, exported, tmp_path, file, save):
+    """Although HuggingFace's files of another model lie in it, too."""
+    shutil.copytree(exported / "tiny-gelu", tmp_path, dirs_exist_ok=True)
+    shutil.copy(exported.parent / "open_clip" / "tiny-clip" / "open_clip_config.json", tmp_path)
+    save(load_tiny(world).state_dict(), tmp_path / file)
+    assert_same_weights(load_clip("tiny-clip", tmp_path)[0], load_tiny(world))
+
+
 # ------------------------------------------------------------------ HuggingFace's format
 
 
 @pytest.fixture(scope="module")
 def exported(more):
-    """A folder with hf/ of the tiny models."""
+    """A folder with hf/ of the tiny models; open_clip/ lies beside it."""
     for name in (*TINY, *MORE):
         clip = load_tiny(more, name) if name in TINY else load_clip(name, random=True)[0]
         eval_mmvp.export_hf(clip, more / "hf" / name)
+        eval_mmvp.export_open_clip(clip, more / "open_clip" / name)
     return more / "hf"
 
 
@@ -1835,26 +2003,78 @@ def test_an_exported_clip_has_the_published_names_shapes_and_values(world, expor
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 
 
-def test_an_exported_clips_files_say_what_it_is(exported):
-    config, processor, vocabulary = [
-        json.loads((exported / "tiny-clip" / file).read_text())
-        for file in (CONFIG, PROCESSOR, "vocab.json")
-    ]
-    assert (config["model_type"], config["projection_dim"]) == ("clip", 32)
-    tower = {"num_hidden_layers": 2, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    vision = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
-    vision |= {"image_size": 32, "patch_size": 8}
-    text = {"hidden_size": 32, "eos_token_id": 49407, "max_position_embeddings": 77}
-    text |= {"num_attention_heads": 2, "projection_dim": 32}
-    assert (tower | vision).items() <= config["vision_config"].items()
-    assert (tower | text).items() <= config["text_config"].items()
-    look = {"size": {"shortest_edge": 32}, "do_center_crop": True, "image_mean": [*OPENAI]}
-    assert processor == processor | look | {"resample": 3}
-    assert len(vocabulary) == 49408
+def hf_tower(kind, width, heads, **more):
+    """A tower of two layers in an exported config.json."""
+    return {
+        "model_type": f"{kind}_model",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "attention_dropout": 0.0,
+        **more,
+    }
+
+
+CLIPS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 32}
+SIGLIPS_OWN = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
+PATCHED = {"image_size": 32, "patch_size": 8}
+EXPORTED = {
+    "tiny-clip": {
+        "model_type": "clip",
+        "torch_dtype": "float32",
+        "architectures": ["CLIPModel"],
+        "projection_dim": 32,
+        "vision_config": hf_tower("clip_vision", 64, 4, **CLIPS, **PATCHED),
+        "text_config": hf_tower("clip_text", 32, 2, **CLIPS, vocab_size=49408, bos_token_id=49406,
+                                eos_token_id=49407, max_position_embeddings=77),
+    },
+    "tiny-siglip": {
+        "model_type": "siglip",
+        "torch_dtype": "float32",
+        "architectures": ["SiglipModel"],
+        "vision_config": hf_tower("siglip_vision", 48, 4, **SIGLIPS_OWN, **PATCHED),
+        "text_config": hf_tower("siglip_text", 48, 4, **SIGLIPS_OWN, vocab_size=320,
+                                max_position_embeddings=16, projection_size=48),
+    },
+}
+SQUARE = {"height": 32, "width": 32}
+PREPARED = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+PREPARED |= {"resample": 3, "rescale_factor": 0.00392156862745098}
+PROCESSORS = {
+    "tiny-clip": PREPARED | {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 32},
+        "do_center_crop": True,
+        "crop_size": SQUARE,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "tiny-siglip": PREPARED | {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": SQUARE,
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
+
+
+@both_families
+def test_an_exported_clips_files_say_what_it_is(exported, clip):
+    files = {path.stem: path.read_text() for path in (exported / clip).glob("*[!s]")}
+    assert json.loads(files.pop("config")) == EXPORTED[clip]
+    assert json.loads(files.pop("preprocessor_config")) == PROCESSORS[clip]
+    if clip == "tiny-siglip":
+        assert not files
+        return
+    end = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    end |= {"bos_token": "<|startoftext|>", "model_max_length": 77}
+    assert json.loads(files["tokenizer_config"]) == {"tokenizer_class": "CLIPTokenizer"} | end
+    vocabulary = json.loads(files["vocab"])
+    assert sorted(vocabulary.values()) == list(range(49408))
     assert vocabulary == vocabulary | {"<|endoftext|>": 49407, "photo</w>": 1125, "!": 0}
-    merges = (exported / "tiny-clip" / "merges.txt").read_text().splitlines()
-    assert merges[:2] == ["#version: 0.2", "i n"]
-    assert not (exported / "tiny-siglip" / "vocab.json").exists()
+    assert files["merges"].splitlines()[:2] == ["#version: 0.2", "i n"]
 
 
 # The first features of an image and of a text that transformers 5.24 computed from the exported
@@ -1886,7 +2106,7 @@ def test_an_exported_folder_is_the_clip_that_transformers_computes(
 @pytest.mark.parametrize("model, lacks", [
     ("ViT-L-14-CLIPA", "no_ln_pre is True, not False"),
     ("ViT-H-14-worldwide-quickgelu", "vocab_size is 901629, not 49408"),
-    ("xlm-roberta-base-ViT-B-32", "hf_tokenizer_name is 'xlm-roberta-base', not None"),
+    ("xlm-roberta-base-ViT-B-32", "hf_model_name is 'xlm-roberta-base', not None"),
     ("RN50", "layers is [3, 4, 6, 3]"),
     ("EVA02-B-16", "timm_pool is 'token', not 'map'"),
     ("PE-Core-B-16", "timm_proj is None, not 'none'"),
@@ -1894,8 +2114,10 @@ def test_an_exported_folder_is_the_clip_that_transformers_computes(
     ("nllb-clip-base-siglip", "no_causal_mask is False, not True"),
 ])
 def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
-    timm_model = "timm_model_name" in open_clip.get_model_config(model)["vision_cfg"]
+    config = open_clip.get_model_config(model)
+    timm_model = "timm_model_name" in config["vision_cfg"]
     clip = load_tiny(world, "tiny-siglip" if timm_model else "tiny-clip")
+    clip.model_cfg = config
     refused(lambda model: eval_mmvp.check_export(model, clip), model, lacks)
 
 
@@ -1920,35 +2142,40 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, cli
         assert_same_weights(load_clip(clip, path)[0], load_tiny(world, clip))
 
 
-@pytest.mark.parametrize("prefix, projected, rest", [
-    # The prefix of the tower's names, whether its projection is there, what the backbone adds.
-    ("vision_model.", False, "text tower and visual projection"),
-    ("", False, "text tower and visual projection"),  # transformers 5 saves it so
-    ("model.vision_tower.vision_tower.vision_model.", False, "text tower and visual projection"),
-    ("vision_model.", True, "text tower"),
+@pytest.mark.parametrize("prefix, projected", [
+    # The prefix of the tower's names, and whether HuggingFace's projection is there.
+    ("visual.", False),
+    ("", False),  # open_clip and transformers 5 save it so
+    ("model.vision_tower.vision_tower.", False),
+    ("vision_model.", True),
 ])
+@pytest.mark.parametrize("tower", ["visual.", "vision_model."])
 def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_hand(
-    tmp_path, capsys, prefix, projected, rest
+    tmp_path, monkeypatch, capsys, prefix, projected, tower
 ):
     clip = load_clip("toy")[0]
     own = copy.deepcopy(clip)
     perturb(clip)
-    weights = eval_mmvp.hf_weights(clip)
-    tower = {n: weights[n] for n in weights if n.startswith("vision_model.")}
-    tower = {prefix + n.removeprefix("vision_model."): v.clone() for n, v in tower.items()}
-    if projected:
-        tower["visual_projection.weight"] = weights["visual_projection.weight"].contiguous()
+    is_hf = tower == "vision_model."
+    weights = eval_mmvp.hf_weights(clip) if is_hf else clip.state_dict()
+    alone = {n: weights[n] for n in weights if n.startswith(tower)}
+    alone = {prefix + n.removeprefix(tower): v.clone() for n, v in alone.items()}
+    if projected and is_hf:
+        alone["visual_projection.weight"] = weights["visual_projection.weight"].contiguous()
     path = tmp_path / "it.safetensors"
-    save_file(tower, path)
+    save_file(alone, path)
     config = {"vision_config": {"num_attention_heads": 4}, "text_config": {"hidden_act": "silu"}}
     (tmp_path / CONFIG).write_text(json.dumps(config))  # its text tower is another model
     loaded = load_clip("toy", path)[0]
     for name, tensor in loaded.state_dict().items():
-        theirs = name.startswith("visual.") and (projected or name != "visual.proj")
-        assert torch.equal(tensor, (clip if theirs else own).state_dict()[name]), name
-    error = capsys.readouterr().err
-    assert f"vision tower alone, with toy's {rest}\n" in error and error.count("\n") == 1
-    refused(lambda path: load_clip("tiny-clip", path), path, "tower alone", "'no tag' is not a")
+        its = name.startswith("visual.") and not (is_hf and not projected and name == "visual.proj")
+        assert torch.equal(tensor, (clip if its else own).state_dict()[name]), name
+    line = f"CLIP weights for toy-clip: {path} is a visual tower alone: all else is toy's\n"
+    assert capsys.readouterr().err == line
+    refused(lambda _: load_clip("tiny-clip", path), "tiny-clip", "'no tag' is not a")
+
+
+SQUARE_224 = {"height": 224, "width": 224}
 
 
 @pytest.mark.parametrize("name", [*TINY, *MORE])
@@ -1960,8 +2187,17 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
     (CONFIG, "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
     (CONFIG, "text_config", "layer_norm_eps", 1e-5, 1e-6),
     (CONFIG, "text_config", "num_attention_heads", 8, 12),
-    (PROCESSOR, "image", "image_mean", [0.48145466, 0.4578275, 0.40821073], [0.5, 0.5, 0.5]),
-    (PROCESSOR, "image", "image_std", [0.26862954, 0.26130258, 0.27577711], [0.5, 0.5, 0.5]),
+    (PROCESSOR, "image_processor", "do_resize", True, True),
+    (PROCESSOR, "image_processor", "size", {"shortest_edge": 224}, SQUARE_224),
+    (PROCESSOR, "image_processor", "resample", 3, 3),
+    (PROCESSOR, "image_processor", "do_center_crop", True, False),
+    (PROCESSOR, "image_processor", "crop_size", SQUARE_224, None),
+    (PROCESSOR, "image_processor", "do_rescale", True, True),
+    (PROCESSOR, "image_processor", "rescale_factor", 0.00392156862745098, 0.00392156862745098),
+    (PROCESSOR, "image_processor", "do_normalize", True, True),
+    (PROCESSOR, "image_processor", "do_convert_rgb", True, True),
+    (PROCESSOR, "image_processor", "image_mean", [0.48145466, 0.4578275, 0.40821073], [0.5] * 3),
+    (PROCESSOR, "image_processor", "image_std", [0.26862954, 0.26130258, 0.27577711], [0.5] * 3),
 ])
 def test_what_a_folder_says_or_is_silent_about_is_compared(
     exported, tmp_path, name, file, part, key, of_clip, of_siglip
@@ -1970,9 +2206,9 @@ def test_what_a_folder_says_or_is_silent_about_is_compared(
     shutil.copytree(exported / name, tmp_path, dirs_exist_ok=True)
     content = json.loads((tmp_path / file).read_text())
     section = content.get(part, content)
-    own = section.pop(key)
     default = of_siglip if "siglip" in name else of_clip
-    for theirs in (default, "other"):
+    own = section.pop(key, default)
+    for theirs in (default, "other") if default is not None else ():
         (tmp_path / file).write_text(json.dumps(content))
         if theirs == own or (theirs, own) == ("gelu_pytorch_tanh", "gelu"):
             load_clip(name, weights)
@@ -1982,13 +2218,40 @@ def test_what_a_folder_says_or_is_silent_about_is_compared(
         section[key] = "other"
 
 
+@pytest.mark.parametrize("name, file, changes, says", [
+    # As published by OpenAI, by google, and as transformers 4 and 5 save them.
+    ("tiny-clip", PROCESSOR, {"size": 32, "crop_size": 32, "do_rescale": ..., "do_convert_rgb": ...,
+                              "rescale_factor": ..., "image_processor_type": ...,
+                              "feature_extractor_type": "CLIPFeatureExtractor"}, None),
+    ("tiny-siglip", PROCESSOR, {"do_center_crop": ..., "do_convert_rgb": ...}, None),
+    ("tiny-siglip", PROCESSOR, {"do_center_crop": None, "do_convert_rgb": None}, None),
+    ("tiny-siglip", "processor_config.json", {}, None),
+    ("tiny-clip", "processor_config.json", {"resample": 2}, "resample 2 (image_processor)"),
+    ("tiny-clip", PROCESSOR, {"size": 24}, "size {'shortest_edge': 24} (image_processor)"),
+    ("tiny-clip", PROCESSOR, {"crop_size": 24}, "crop_size {'height': 24, 'width': 24} (image"),
+])
+def test_every_spelling_of_a_preprocessor_is_read(exported, tmp_path, name, file, changes, says):
+    shutil.copy(exported / name / "model.safetensors", tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # 4's
+    content = PROCESSORS[name].copy()
+    for key, value in changes.items():
+        change(content, key, value)
+    if file != PROCESSOR:
+        content = {"image_processor": content, "processor_class": "It"}
+    (tmp_path / file).write_text(json.dumps(content))
+    if says:
+        refused(lambda path: load_clip(name, path), tmp_path, f"{file} says {says}")
+    else:
+        load_clip(name, tmp_path)
+
+
 def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys):
     shutil.copy(exported / "tiny-siglip" / "model.safetensors", tmp_path)
     towers = dict.fromkeys(("vision_config", "text_config"), {"num_attention_heads": 4})
     (tmp_path / CONFIG).write_text(json.dumps(towers))  # the hub's name no activation
     load_clip("tiny-siglip", tmp_path)
-    line = capsys.readouterr().err
-    assert "says gelu_pytorch_tanh, and tiny-siglip computes gelu" in line and line.count("\n") == 1
+    says = "says hidden_act 'gelu_pytorch_tanh' .*, and tiny-siglip computes 'gelu', which is close"
+    assert len(re.findall(says, capsys.readouterr().err)) == 2  # of each tower
 
 
 INDEX = "model.safetensors.index.json"
@@ -2003,7 +2266,7 @@ NO_OBJECT = "cannot be read as JSON (not an object)"
     (PROCESSOR, "3", NO_OBJECT),
     (CONFIG, '{"vision_config": [3]}', NO_OBJECT),
     (CONFIG, '{"vision_config": null}', "num_attention_heads 12"),
-    (CONFIG, '{"vision_config_dict": {"hidden_act": "relu"}, "vision_config": {"a": 1}}', "'relu'"),
+    (CONFIG, '{"vision_config_dict": {"num_attention_heads": 3}, "vision_config": {}}', "heads 3"),
 ])
 def test_a_folder_whose_json_is_wrong_is_refused(exported, tmp_path, file, text, says):
     shutil.copy(exported / "tiny-clip" / "model.safetensors", tmp_path / "0-model.safetensors")
@@ -2391,7 +2654,11 @@ def trained(world, tmp_path_factory):
     images = [jpeg(noise_image(rng, 40, 50)) for _ in range(4)]
     write_shard(world / "val" / "0.tar", images)
     benchmark = make_benchmark(out / "mmvp", ["Colour", "State"])
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        open(out / "said", "w") as said,
+        redirect_stdout(said),
+    ):
         patch.setattr(socket, "getaddrinfo", None)
         patch.setattr(socket.socket, "connect", None)
         train.main(rf(world, out / "rf", "--benchmark", benchmark, "--export-every", 4))
@@ -2430,6 +2697,7 @@ class Stub(nn.Module):
         self.denoiser = nn.Linear(3 * 8 * 8, 4)
         self.projectors = nn.ModuleDict()
         self.register_buffer("mean", torch.zeros(1), persistent=False)
+        self.autoencoder = types.SimpleNamespace(encode=lambda images, sample: images)
 
     def forward(self, images, other=None):
         noise = torch.randn(len(images), 4)
@@ -2466,8 +2734,10 @@ def test_a_stages_files_hold_what_it_trained(trained):
 def test_lora_and_proj_alone_change_in_clip(world, trained):
     """Until --export-every asks for a CLIP, and from there to the result."""
     original = load_file(world / "tiny-clip.safetensors")
-    halfway = load_file(trained / "rf" / "clip-000004.safetensors")
-    result = load_file(trained / "rf" / "clip.safetensors")
+    halfway, result = [
+        load_file(trained / "rf" / folder / "open_clip_model.safetensors")
+        for folder in ("clip-000004", "open_clip")
+    ]
     matrices = {name for name, tensor in original.items()
                 if name.startswith("visual.transformer.") and tensor.dim() == 2}
     for before, after in ((original, halfway), (halfway, result)):
@@ -2479,8 +2749,8 @@ def test_lora_and_proj_alone_change_in_clip(world, trained):
 
 def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world, trained):
     """That tower's LoRA is not merged."""
-    path = str(trained / "rf" / "clip.safetensors")
-    clip = open_clip.create_model("tiny-clip", pretrained=path).eval()
+    folder = trained / "rf" / "open_clip"
+    clip = open_clip.create_model(f"local-dir:{folder}").eval()
     _, model = built(world, trained / "rf", "--stage", 2)
     weights = trained_weights(trained / "rf" / "stage2")
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
@@ -2489,8 +2759,8 @@ def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world
         assert_close(clip.visual(images), model.eval().visual(images), 1e-5)
     exported = load_file(trained / "rf" / "hf" / "model.safetensors")
     assert torch.equal(exported["visual_projection.weight"], clip.visual.proj.T)
-    _, about = gh.read_weights(path, "the result")
-    assert about == {}  # nothing of time or place
+    config = [path / "open_clip_config.json" for path in (folder, trained / "rf" / "clip-000004")]
+    assert config[0].read_text() == config[1].read_text()
 
 
 def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
@@ -2511,6 +2781,44 @@ def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["before"] == dict.fromkeys(shown, "original")
     assert result["after"] == dict.fromkeys(shown, s.result)
+
+
+def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
+    said = (trained / "said").read_text()
+    assert re.findall("stage . is done.*: (.*)", said) == [
+        f"{trained}/rf/stage1/last.safetensors",
+        eval_mmvp.how_to_open("tiny-clip", f"{trained}/rf"),
+        f"{trained}/perceiver/stage1/last.safetensors",
+        eval_mmvp.how_to_open("tiny-clip", f"{trained}/perceiver"),
+    ]
+    assert len(re.findall("latents of 4 images: mean .*, standard deviation", said)) == 1
+
+
+@pytest.mark.parametrize("name, says", [
+    ("openai-l14-336", None),
+    ("toy", None),
+    ("siglip-so400m-384", "timm/ViT-B-16-SigLIP .* google/siglip-so400m-patch14-384"),
+    ("ViT-gopt-16-SigLIP2-256:webli", "timm/ViT-.*SigLIP2.* google/siglip2-so400m-patch14-384"),
+])
+def test_the_calls_that_open_a_result_and_a_siglips_tokenizers_are_named(name, says):
+    calls, _, text = eval_mmvp.how_to_open(name, "runs/it").partition("; for text, add the ")
+    assert "open_clip.create_model_and_transforms('local-dir:runs/it/open_clip')" in calls
+    assert "transformers.AutoModel.from_pretrained('runs/it/hf')" in calls
+    assert re.search(says, text) if says else not text
+
+
+@pytest.mark.parametrize("spread, doubts", [(0.25, True), (0.6, False), (1.5, False), (3, True)])
+def test_latents_far_from_unit_variance_are_doubted_without_a_draw(capsys, spread, doubts):
+    """By a VAE that gives images of two values back, moved by 0.2."""
+    vae = types.SimpleNamespace(encode=lambda images, sample: spread * images + 0.2 + sample)
+    images = (torch.arange(2 * 3 * 64 * 64) % 2.0).view(2, 3, 64, 64)
+    state = torch.get_rng_state()
+    core = types.SimpleNamespace(autoencoder=vae)
+    train.check_latents(settings("--vae", "sd3.safetensors"), core, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    said = capsys.readouterr().out
+    assert f"latents of 2 images: mean 0.20, standard deviation {spread:.2f}" in said
+    assert ("is sd3.safetensors the right VAE" in said) == doubts
 
 
 @pytest.mark.parametrize("run, level, rates, sampled, columns", [
@@ -2811,7 +3119,7 @@ def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, device, ru
         assert status(tmp_path / "whole", train.main) == 0
         assert_close_logs(tmp_path / "whole" / f"stage{stage}", killed / f"stage{stage}")
     else:
-        results = ("clip.safetensors", "hf/model.safetensors") if stage == 2 else ()
+        results = ("open_clip/open_clip_model.safetensors", "hf/model.safetensors") * (stage == 2)
         assert_same_run(whole, killed, f"stage{stage}", *results)
 
 
@@ -2826,7 +3134,7 @@ def assert_close_logs(one, other):
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_exported_clip_is_evaluated(world, trained, tmp_path, device):
     """By the command, with the result that the run itself had, on the CPU."""
-    argv = ["--backbone", "tiny-clip", "--weights", str(trained / "rf" / "clip.safetensors"),
+    argv = ["--backbone", "tiny-clip", "--weights", str(trained / "rf" / "open_clip"),
             "--benchmark", str(trained / "mmvp"), "--json", str(tmp_path / "it.json")]
     in_a_process(tmp_path / "said", eval_mmvp.main, argv, device=device).join()
     after = json.loads((trained / "rf" / "result.json").read_text())["after"]
@@ -3030,7 +3338,7 @@ def test_a_log_that_was_moved_away_is_begun_anew(world, stopped):
 
 def test_what_a_killed_run_was_writing_is_removed(world, stopped):
     """And nothing else."""
-    for folder in ("", "stage1", "stage1/samples", "another"):
+    for folder in ("", "stage1", "stage1/samples", "open_clip", "clip-000004", "another"):
         (stopped / folder).mkdir(exist_ok=True)
         (stopped / folder / ".part-it").write_text("half")
     train_stub(world, stopped)
@@ -3204,7 +3512,7 @@ def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
     runs = [double, tmp_path / "shards", tmp_path / "one"]
     for out in runs[1:]:
         shutil.copytree(double, out)
-        for path in [*out.glob("clip.*"), *out.glob("e2e/step-*3.*")]:
+        for path in [*out.glob("open_clip/*"), *out.glob("e2e/step-*3.*")]:
             path.unlink()
     assert "resumed from" in train_two(world, tmp_path / "shards", "--shard", device=device)
     assert "resumed from" in train_one(world, tmp_path / "one", device)
@@ -3487,6 +3795,7 @@ def mistaken(world):
 
 def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path, monkeypatch):
     toy = load_clip("toy", random=True)
+    toy[0].model_cfg = open_clip.get_model_config("RN50")
     monkeypatch.setattr(train, "load_clip", lambda *_, **__: toy)
     s = settings(*arguments(world, tmp_path, "--backbone", "RN50-quickgelu:openai"))
     refused(lambda _: train.load_pretrained(s), "RN50-quickgelu:openai does not fit")
@@ -3657,7 +3966,7 @@ def test_a_clip_that_is_not_finite_is_refused(two_clips, questions, name):
     clip.get_parameter(name).data[star if name.startswith("token") else ...] = math.nan
     for question in questions[: 1 if name == "logit_scale" else 3]:  # the sets need no scale
         with pytest.raises(UserError, match="the CLIP's features are not finite"):
-            eval_mmvp.evaluate(clip, *preparation, *question)
+            eval_mmvp.raise_failures([eval_mmvp.evaluate(clip, *preparation, *question)])
 
 
 def test_a_byte_order_mark_spaces_blank_rows_another_header_and_links_are_tolerated(tmp_path):
@@ -4625,7 +4934,8 @@ def commands(monkeypatch):
         open(log.removesuffix(".log"), "x").close()  # never one that is there
 
     def score(out, clip, arm, step, weights):
-        file = "clip.safetensors" if step in (0, 240) else f"{arm}/clip-{step:06}.safetensors"
+        folder = f"{arm}/open_clip" if step == 240 else f"{arm}/clip-{step:06}"
+        file = f"{folder}/open_clip_model.safetensors" if step else "clip.safetensors"
         assert weights.endswith(f"/{file}")
         return {"arm": arm, "clip": clip, "step": step} | point(90, 50)
 
@@ -4662,7 +4972,7 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
         assert [scored["step"] for scored in curve] == [0, 80, 120, 160, 240]
 
     commands.clear()
-    os.remove(tmp_path / "clip-2" / "frozen" / "clip.safetensors")
+    os.remove(tmp_path / "clip-2" / "frozen" / "open_clip" / "open_clip_model.safetensors")
     kept = [line for line in csv_before.splitlines(True) if "frozen,2," not in line]
     (tmp_path / "ablation.csv").write_text("".join(kept))
     ablate.run_grid(str(tmp_path), ablate.FULL | {"arms": ("rf", "frozen")}, 1)

@@ -55,13 +55,16 @@ from eval_mmvp import (
     BACKBONES,
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
+    OPEN_CLIP_WEIGHTS,
     TOY,
     check_benchmark,
     check_export,
     check_zeroshot,
     evaluate,
     export_hf,
+    export_open_clip,
     find_backbone,
+    how_to_open,
     load_clip,
     make_tokenizer,
     print_table,
@@ -240,7 +243,7 @@ def read_stage(stage, stages, typed, argv):
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
     if s.preset == "bench":
         s.folder = os.path.join(s.out, "bench")  # beside any run
-    s.result = os.path.join(s.out, "clip.safetensors")
+    s.result = os.path.join(s.out, "open_clip", OPEN_CLIP_WEIGHTS)
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
     if stage == 2 and s.preset != "bench":
@@ -379,7 +382,7 @@ def train_stage(s, pretrained, device):
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoints = Checkpoints(s, core, model, optimizer)
     start = checkpoints.load()
-    print_summary(s, core, data, total, device)
+    print_summary(s, core, data, val_images, total, device)
     log = Log(s, start, total, len(data), device)
     batches = load_batches(s, data, start, total, device)
 
@@ -409,7 +412,7 @@ def train_stage(s, pretrained, device):
         if due:
             log.write_row(done, grad_norm, optimizer.param_groups[0]["lr"], val_losses)
         if "export" in due:
-            write_result(s, model, os.path.join(s.out, f"clip-{done:06}.safetensors"))
+            write_result(s, model, os.path.join(s.out, f"clip-{done:06}", OPEN_CLIP_WEIGHTS))
         if "save" in due:
             checkpoints.save(done)
 
@@ -419,8 +422,8 @@ def train_stage(s, pretrained, device):
         print_bench(s, core, log, device)
         return
     write_result(s, model, s.result, pretrained.checksums)
-    print_rank_0(f"stage {s.stage} is done: {s.result}; "
-                 f"{log.undecodable} images could not be decoded")
+    result = s.result if s.stage == 1 else how_to_open(s.backbone, s.out)
+    print_rank_0(f"stage {s.stage} is done ({log.undecodable} undecodable images): {result}")
 
 
 def list_due(s, step, total):
@@ -467,7 +470,7 @@ def validate(s, core, images):
     return means
 
 
-def print_summary(s, core, data, total, device):
+def print_summary(s, core, data, val_images, total, device):
     """What a reader can check: what trains, on which device, on how many images, for how long."""
     if s.preset == "bench":
         print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
@@ -478,6 +481,19 @@ def print_summary(s, core, data, total, device):
         f"stage {s.stage} on {device_name(device)}: {trained:,} of {whole:,} parameters train; "
         f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
         f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
+    if s.denoiser == "rf" and s.stage == 1 and s.preset != "bench":
+        check_latents(s, core, val_images[:8].float() / 255)
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def check_latents(s, core, images):
+    """Print the mean and standard deviation of some latents, and warn if the VAE seems wrong."""
+    latents = core.autoencoder.encode(2 * images - 1, sample=False)
+    mean, std = latents.mean().item(), latents.std().item()
+    doubt = "" if 0.5 <= std <= 2 else f", far from 1: is {s.vae} the right VAE?"
+    print_rank_0(f"latents of {len(images)} images: mean {mean:.2f}, standard deviation {std:.2f}"
+                 f"{doubt}")
 
 
 def device_name(device):
@@ -1235,7 +1251,7 @@ def write_result(s, model, path, checksums=None):
         clip = build_enhanced_clip(s, weights)
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
-        write_weights(path, clip.state_dict())
+        export_open_clip(clip, os.path.dirname(path))
     barrier()
 
 
@@ -1386,7 +1402,7 @@ def lock_run_directory(s):
 
 def remove_parts(s):
     """Remove the partial files of a run that was killed while writing."""
-    for folder in ("", "hf", "stage1", "stage2", "e2e", "*/samples"):
+    for folder in ("", "hf", "open_clip", "clip-*", "stage1", "stage2", "e2e", "*/samples"):
         for part in glob.glob(os.path.join(glob.escape(s.out), folder, ".part-*")):
             os.remove(part)
 

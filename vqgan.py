@@ -7,6 +7,7 @@ without running any code that it may carry. Parameter names are those of the pub
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from genhancer import (
     Parser,
     UserError,
+    find_model,
     load_strictly,
     read_pickle,
     read_weights,
@@ -118,7 +120,8 @@ def convert(source, target):
     Nothing that the pickle may carry is run. Raises UserError for whatever load_vqgan would refuse.
     """
     what = "VQ-GAN checkpoint"
-    state = read_pickle(source, what)
+    codes = re.escape("quantize.embedding.weight")
+    state, _ = find_model(read_pickle(source, what), codes, source, what)
     if os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"{what}: {source} is both input and output: name another output")
     tensors = build_vqgan(state, None, source, what).state_dict()

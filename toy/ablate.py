@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))  # `python toy/ablate.py` must find the project's files
-from eval_mmvp import evaluate, load_clip, raise_failures
+from eval_mmvp import OPEN_CLIP_WEIGHTS, evaluate, load_clip, raise_failures
 from genhancer import Parser, UserError, read_json, run_command, write_text
 from toy.make_toy import draw_world, write_benchmark, write_classes
 
@@ -179,12 +179,12 @@ def add_cell(out, plan, arm, clip, phases):
     steps = plan["stage 2"]
     flags = f"--stage {arm.stage} --steps {steps[-1]} --export-every {math.gcd(*steps)}"
     flags += f" --lr-clip 4e-4 {arm.flags} {arm.stage2}"
-    result = f"{folder}/clip.safetensors"
+    result = f"{folder}/open_clip/{OPEN_CLIP_WEIGHTS}"
     phases["stage 2"][result] = [*train, folder, *flags.split(), *init]
 
     exported = {(clip, "original", 0): weights, (clip, arm.name, steps[-1]): result}
     for step in steps[:-1]:
-        exported[clip, arm.name, step] = f"{folder}/clip-{step:06}.safetensors"
+        exported[clip, arm.name, step] = f"{folder}/clip-{step:06}/{OPEN_CLIP_WEIGHTS}"
     return exported
 
 
