@@ -32,17 +32,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as dist_state
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,53 +43,19 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from eval_mmvp import (
-    BACKBONES,
-    IMAGE_FORMATS,
-    IMAGE_SUFFIXES,
-    OPEN_CLIP_WEIGHTS,
-    TOY,
-    check_benchmark,
-    check_export,
-    check_zeroshot,
-    evaluate,
-    export_hf,
-    export_open_clip,
-    find_backbone,
-    how_to_open,
-    load_clip,
-    make_tokenizer,
-    print_table,
-    raise_failures,
-    summary,
+    BACKBONES, IMAGE_FORMATS, IMAGE_SUFFIXES, OPEN_CLIP_WEIGHTS, TOY, check_benchmark,
+    check_export, check_zeroshot, evaluate, export_hf, export_open_clip, find_backbone,
+    how_to_open, load_clip, make_tokenizer, print_table, raise_failures, summary,
 )
 from genhancer import (
-    Continuous,
-    Discrete,
-    Flux,
-    FluxConfig,
-    Parser,
-    Perceiver,
-    PerceiverConfig,
-    UserError,
-    checksum,
-    first_line,
-    image_side,
-    inject_lora,
-    load_strictly,
-    merge_lora,
-    number,
-    read_json,
-    read_weights,
-    run_command,
-    start_method,
-    write_file,
-    write_json,
-    write_weights,
+    Continuous, Discrete, Flux, FluxConfig, Parser, Perceiver, PerceiverConfig, UserError,
+    checksum, first_line, image_side, inject_lora, load_strictly, merge_lora, number, read_json,
+    read_weights, run_command, start_method, write_file, write_json, write_weights,
 )
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 from vqgan import VQGAN, VQGANConfig, load_vqgan
 
-# torchrun sets all of these; a RANK or WORLD_SIZE alone was left behind by something else.
+# torchrun sets all of these; some of them alone are left from elsewhere.
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -327,7 +284,8 @@ def explain_errors():
 
 def run(argv):
     """Train each stage of the command in turn; for stage all, evaluate CLIP before and after."""
-    check_launch()
+    if sys.platform == "win32":
+        raise UserError("training runs on Linux, macOS and WSL, not on Windows itself")
     settings = read_settings(argv)
     first, last = settings[0], settings[-1]
     evaluates = len(settings) > 1  # stage all
@@ -337,7 +295,7 @@ def run(argv):
             prepare(first, evaluates)
             pretrained = load_pretrained(first)
         device, patient_group = start_processes()
-        compare_ranks(describe_run(first))
+        compare_ranks(shared_settings(first))
         for s in settings:
             train_stage(s, pretrained or load_pretrained(s), device)
             pretrained = None
@@ -625,16 +583,6 @@ def autocast(s, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
 
 
-def check_launch():
-    """Raise UserError on Windows, and for an incomplete torchrun environment."""
-    if sys.platform == "win32":
-        raise UserError("training runs on Linux, macOS and WSL, not on Windows itself")
-    alone = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
-    if alone and not LAUNCHED:
-        raise UserError(f"{alone[0]} is set, but not all variables of torchrun: start several "
-                        f"processes with torchrun; for a single one, unset {' '.join(alone)}")
-
-
 def start_processes():
     """This process's device, and a process group with a long timeout (None without torchrun).
 
@@ -676,13 +624,13 @@ def shard(s, core):
     """FSDP2 of the trainable parameters; FLUX's blocks are gathered in bf16, reduced in float32."""
     frozen = {p for p in core.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if s.precision == "bf16" else None
-    mixed = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed = fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for name, policy in (("double_blocks", mixed), ("single_blocks", mixed),
-                         ("layers", MixedPrecisionPolicy())):
+                         ("layers", fsdp.MixedPrecisionPolicy())):
         for block in getattr(core.denoiser, name, ()):
-            fully_shard(block, ignored_params=frozen, mp_policy=policy)
-    fully_shard(core, ignored_params=frozen)
-    register_fsdp_forward_method(core, "reconstruct")
+            fsdp.fully_shard(block, ignored_params=frozen, mp_policy=policy)
+    fsdp.fully_shard(core, ignored_params=frozen)
+    fsdp.register_fsdp_forward_method(core, "reconstruct")
     return core
 
 
@@ -1031,7 +979,8 @@ def index_shard(path):
 
 # ------------------------------------------------------------------------ checkpoints and log
 
-FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+FULL_STATE = dist_state.StateDictOptions(
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 class Checkpoints:
@@ -1053,7 +1002,7 @@ class Checkpoints:
     def save(self, step):
         """Copy the state to the CPU and start writing it. All ranks take part."""
         self.finish()
-        weights, state = get_state_dict(self.model, self.optimizer, options=FULL_STATE)
+        weights, state = dist_state.get_state_dict(self.model, self.optimizer, options=FULL_STATE)
         if RANK > 0:
             return
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -1091,13 +1040,11 @@ class Checkpoints:
                 weights[name] = tensor
             else:
                 state.setdefault(name, {})[kind] = tensor
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=weights,
+        dist_state.set_state_dict(
+            self.model, self.optimizer, model_state_dict=weights,
             optim_state_dict={"state": state, "param_groups": about["param_groups"]},
-            options=StateDictOptions(full_state_dict=True, strict=False),  # without frozen weights
-        )
+            # Not strict: frozen weights are not in a checkpoint.
+            options=dist_state.StateDictOptions(full_state_dict=True, strict=False))
         print_rank_0(f"resumed from {self.path(step)}")
         return step
 
@@ -1165,12 +1112,12 @@ class Log:
             return []
         try:
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            rows = [row for row in rows if int(row["step"]) <= self.start]
-            if not rows or int(rows[-1]["step"]) != self.start:
+                header, *rows = csv.reader(file)
+            rows = [row for row in rows if int(row[0]) <= self.start]
+            if header != self.columns or int(rows[-1][0]) != self.start:
                 raise ValueError("the row of this step is missing")
-            return [[row[name] for name in self.columns] for row in rows]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            return rows
+        except (OSError, ValueError, IndexError, csv.Error):
             raise UserError(f"{self.path} cannot be read as this run's log: repair it, or move it "
                             "away") from None
 
@@ -1244,7 +1191,7 @@ def peak_memory():
 
 def write_result(s, model, path, checksums=None):
     """Stage 1's projectors and denoiser, or the CLIP of the other stages, by rank 0."""
-    weights = get_model_state_dict(model, options=FULL_STATE)  # all ranks take part
+    weights = dist_state.get_model_state_dict(model, options=FULL_STATE)  # all ranks take part
     if RANK == 0 and s.stage == 1:
         write_weights(path, weights, checksums)
     elif RANK == 0:
@@ -1321,13 +1268,12 @@ PER_START = {"stage", "stages", "save_every", "sample_every", "log_every", "expo
              "compile", "shard", "grad_checkpoint"}
 
 
-def describe_run(s):
-    """The settings that must agree among the ranks."""
-    return {key: value for key, value in vars(s).items() if key not in PER_MACHINE}
+def shared_settings(s):
+    return {name: value for name, value in vars(s).items() if name not in PER_MACHINE}
 
 
 def compare_ranks(facts):
-    """End all ranks unless `facts`, a dictionary, is the same on each."""
+    """End all ranks unless `facts` (settings and more, by name) are the same on each."""
     if WORLD == 1:
         return
     of_ranks = [None] * WORLD
@@ -1344,8 +1290,7 @@ def compare_ranks(facts):
 def check_same_run(s, data, val, pretrained):
     """UserError unless all ranks have the same settings, data and weights, and these agree with the
     stage's settings.json, which is written by the first start."""
-    facts = describe_run(s)
-    facts["data"] = data.fingerprint()
+    facts = shared_settings(s) | {"data": data.fingerprint()}
     for name, value in pretrained.checksums.items():
         facts[f"checksum of the {name}"] = value
     compare_ranks(facts | {"validation data": val and val.fingerprint()})

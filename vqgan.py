@@ -15,13 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genhancer import (
-    Parser,
-    UserError,
-    find_model,
-    load_strictly,
-    read_pickle,
-    read_weights,
-    run_command,
+    Parser, UserError, find_model, load_strictly, read_pickle, read_weights, run_command,
     write_weights,
 )
 from vae import Decoder, Encoder
