@@ -1,22 +1,22 @@
-"""GenHancer (ICCV 2025): CLIP learns visual detail by reconstructing images from [CLS] alone.
+"""GenHancer (ICCV 2025): CLIP learns visual detail by reconstructing images from its [CLS] token.
 
     images (B, 3, H, W) in [0, 1]
       ├─ CLIP mean/std ─> visual tower ─> [CLS] (B, D) (+ local tokens) ─> projectors ─> condition
       └─ 2 * image - 1 ─> frozen autoencoder ─> what is to be reconstructed, x:
              Continuous: VAE latents (B, 16, H/8, W/8)    Discrete: VQ-GAN indices (B, H/16 * W/16)
 
-    Continuous (Fig. 3b, Eq. 3): x_t = (1 - t) x + t eps; the denoiser predicts eps - x; MSE
-    Discrete   (Fig. 3c, Eq. 4): 50-90 % of the tokens are masked; the denoiser predicts them;
-                                 cross-entropy
+    Continuous (rf; Fig. 3b, Eq. 3):        x_t = (1 - t) x + t eps; Flux predicts eps - x; MSE
+    Discrete   (perceiver; Fig. 3c, Eq. 4): 50-90 % of the tokens are masked (Sec. 5.1); Perceiver
+                                            predicts them; cross-entropy
 
 Conventions: t = 0 is data and t = 1 is noise. A mask is True where a token is hidden and must be
 predicted. [CLS] is the output of the visual tower: CLIP's class token after ln_post and
-visual.proj, not normalised. SigLIP has no class token: its [CLS] is the output of the attention
-pooling head (Sec. 5.4). Local tokens are the patch tokens before that projection.
+visual.proj (as in the official code), not normalised. SigLIP has no class token: its [CLS] is the
+output of the attention pooling head (Sec. 5.4). Local tokens are taken before visual.proj.
 
-The loss has no term for Eq. 5's penalty on the drift of the visual tower. Stage 1, LoRA and the
-small learning rate of stage 2 take its place. The training loop (Algorithms 1 and 2) is train_stage
-in train.py; the optimizer and its settings (App. B) are there too.
+The loss has no term for Eq. 5's penalty on the drift of the visual tower. By our reading, stage 1,
+LoRA and the small learning rate of stage 2 take its place (Sec. 4.3). The training loop (Algorithms
+1 and 2) is train_stage in train.py; the optimizer and its settings (App. B) are there too.
 """
 import argparse
 import contextlib
@@ -46,7 +46,7 @@ from tqdm import tqdm
 class GenHancer(nn.Module):
     """What Continuous and Discrete have in common (Fig. 3a).
 
-    visual: an open_clip visual tower. autoencoder: a frozen AutoEncoder or VQGAN.
+    visual: an open_clip visual tower. autoencoder: an AutoEncoder (vae.py) or a VQGAN (vqgan.py).
     denoiser: a Flux or a Perceiver. projector_widths: {projector: its output width}.
     local_ratio: share of the patch tokens that join [CLS] in the condition (Fig. 5); 0 in the
     paper's method.
@@ -67,7 +67,7 @@ class GenHancer(nn.Module):
 
         side = image_side(visual)
         device = next(visual.parameters()).device
-        with torch.no_grad():  # the widths of the features are those of the model's output
+        with torch.no_grad():  # a forward pass tells the widths of the features
             cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -84,7 +84,7 @@ class GenHancer(nn.Module):
                             f"{patches.shape[1]} patch tokens: give a higher one, or 0")
 
     def set_stage(self, stage, lora=True, freeze_denoiser=False):
-        """Choose what trains; call it once. ValueError for an unknown stage.
+        """Choose what trains; call it once, on a new model. Raises ValueError for another stage.
 
         stage 1:     projectors and denoiser; CLIP is frozen.
         stage 2:     LoRA on the visual tower (without `lora`, the whole tower, Fig. 8), projectors
@@ -95,7 +95,7 @@ class GenHancer(nn.Module):
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
-        self.requires_grad_(False)  # freezes CLIP and the autoencoder
+        self.requires_grad_(False)  # freeze everything, CLIP among it; what trains follows
         frozen = stage == 2 and freeze_denoiser
         self.denoiser.requires_grad_(not frozen)
         self.projectors.requires_grad_(not frozen)
@@ -107,7 +107,7 @@ class GenHancer(nn.Module):
         return self.train()
 
     def train(self, mode=True):
-        """Training mode for what trains; evaluation mode for what is frozen."""
+        """Training mode for the parts that have trainable parameters, evaluation mode else."""
         super().train(mode)
         for part in self.children():
             part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -144,7 +144,7 @@ class GenHancer(nn.Module):
 class Continuous(GenHancer):
     """Fig. 3b: rectified flow on VAE latents.
 
-    [CLS] modulates all blocks (the paper), and it is the context token, too (the official code).
+    [CLS] modulates all blocks (the paper) and is also the context token (the official code).
     """
     token_side = 2
 
@@ -258,8 +258,9 @@ class Discrete(GenHancer):
     def fill_in(self, indices, mask, context, steps, temperature=4.5):
         """Indices (B, N) with the masked ones predicted: MaskGIT's decoding (Chang et al. 2022).
 
-        Each step samples all masked tokens and keeps the most confident, on a cosine schedule. A
-        single step takes the argmax. The mask must hide as many tokens in every image.
+        Each step samples all masked tokens and keeps the most confident, with Gumbel noise on the
+        confidence and a cosine schedule. A single step takes the argmax. The mask must hide the
+        same number of tokens in every image.
         """
         start = remaining = int(mask[0].sum())
         for step in range(1, steps + 1):
@@ -279,16 +280,13 @@ class Discrete(GenHancer):
             accepted = scores.topk(remaining - still_masked).indices
             mask = mask.scatter(1, accepted, False)
             remaining = still_masked
-            if remaining == 0:
-                break
         return indices
 
 
 def encode_with_patches(visual, x):
     """[CLS] (B, D) and the last layer's patch tokens (B, L, W), after the tower's final norm."""
-    last_layer_only = 1
     features = visual.forward_intermediates(
-        x, indices=last_layer_only, normalize_intermediates=True, output_fmt="NLC")
+        x, indices=1, normalize_intermediates=True, output_fmt="NLC")     # 1: the last layer only
     return features["image_features"], features["image_intermediates"][-1]
 
 
@@ -308,7 +306,8 @@ def to_unit_range(images):
 def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
     """n timesteps in (0, 1), float32: "logit-normal" (Eq. 6, 7) or "uniform" (Table 4).
 
-    A smaller scale concentrates the logit-normal around 0.5. ValueError for another distribution.
+    A smaller scale concentrates the logit-normal around 0.5. Raises ValueError for any other
+    distribution.
     """
     if distribution == "logit-normal":
         eps = torch.randn(n, device=device)
@@ -317,7 +316,7 @@ def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
         t = torch.rand(n, device=device)
     else:
         raise ValueError(f"unknown distribution {distribution!r}: choose logit-normal or uniform")
-    return t.clamp(1e-7, 1 - 1e-7)  # at s = 10, float32 rounds 5 % of draws to 1
+    return t.clamp(1e-7, 1 - 1e-7)  # open at both ends: at s = 10, 5 % of draws would round to 1
 
 
 def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=None):
@@ -367,11 +366,11 @@ class Projector(nn.Sequential):
 
 
 def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
-    """Freeze a visual tower and add LoRA to all of its linear layers (rank, alpha: App. B).
+    """Freeze a visual tower and add LoRA to all of its linear weights (rank, alpha: App. B).
 
     As in the official code, these are q, k, v, out and both MLP layers of every block, visual.proj,
     and the MLP of SigLIP's pooling head; adapting that head's attention as well is our choice.
-    Returns the number of adapted matrices. ValueError if there are none, or if the tower has LoRA.
+    Returns the number of adapted matrices. Raises ValueError if there are none, or LoRA already.
     """
     if any(isinstance(module, LoRALinear) for module in visual.modules()):
         raise ValueError("the tower has LoRA already")
@@ -383,7 +382,7 @@ def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
                 setattr(parent, name, LoRAAttention(child, rank, alpha, dropout))
                 count += 4
             elif type(child) is nn.Linear:  # not a subclass, as MultiheadAttention's out_proj is
-                parts = {"qkv": 3, "kv": 2}.get(name, 1)  # timm packs them
+                parts = {"qkv": 3, "kv": 2}.get(name, 1)  # timm packs these
                 setattr(parent, name, LoRALinear(child, rank, alpha, dropout, parts))
                 count += parts
     if isinstance(getattr(visual, "proj", None), nn.Parameter):
@@ -398,7 +397,7 @@ def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
 
 
 def merge_lora(visual):
-    """Merge LoRA into the weights that it adapts, in float32, and restore the original modules.
+    """Merge LoRA into the weights that it adapts and restore the original modules.
 
     The types of the modules and the keys of the state dict are then as before inject_lora.
     """
@@ -440,7 +439,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """The base layer, with the adapters added to its weight in float32."""
+        """The base layer, with the adapters added to its weight."""
         low = self.lora_A.unflatten(0, (self.parts, -1))                  # (parts, rank, in)
         delta = torch.bmm(self.lora_B, low).flatten(0, 1)                 # (parts * out, in)
         self.base.weight += self.scale * delta
@@ -451,14 +450,14 @@ class LoRAAttention(nn.Module):
     """nn.MultiheadAttention (self-attention, batch first) with LoRA on q, k, v and out.
 
     nn.MultiheadAttention reads the weights of its layers without calling them, so that a wrapper
-    around out_proj would never run: this module replaces it. It is called in the same way; key and
-    value are x itself, and no attention weights are returned.
+    around out_proj would never run: this module replaces it. open_clip calls it with x as query,
+    key and value; the other arguments are ignored, and no attention weights are returned.
     """
 
     def __init__(self, attn, rank, alpha, dropout):
         super().__init__()
-        self.original = [attn]  # in a list: a submodule's parameters would be registered twice
-        qkv = nn.Linear(attn.embed_dim, 3 * attn.embed_dim, device="meta")
+        self.original = [attn]  # in a list so that its parameters are not registered twice
+        qkv = nn.Linear(attn.embed_dim, 3 * attn.embed_dim, device="meta")  # allocates nothing
         qkv.weight = attn.in_proj_weight
         qkv.bias = attn.in_proj_bias
         self.qkv = LoRALinear(qkv, rank, alpha, dropout, parts=3)
@@ -493,11 +492,11 @@ class LoRAProj(LoRALinear):
         return nn.Parameter(super().merge().weight.T.contiguous(), requires_grad=False)
 
 
-# ---------------------------------------------------------------- the continuous denoiser: FLUX's
+# ------------------------------------------------------------------ the continuous denoiser (FLUX)
 
 @dataclass
 class FluxConfig:
-    """FLUX.1-dev's fields. The paper has 2 + 4 blocks, where FLUX.1-dev has 19 + 38 (Sec. 5.1)."""
+    """FLUX.1-dev's fields. The paper has 2 + 4 blocks (Sec. 5.1), FLUX.1-dev 19 + 38."""
     in_channels: int = 64           # 16 latent channels x 2 x 2 of a patch
     vec_in_dim: int = 768           # the projected [CLS] that modulates
     context_in_dim: int = 4096      # the context tokens: the projected [CLS], and any local ones
@@ -513,13 +512,13 @@ class FluxConfig:
 
 
 class Flux(nn.Module):
-    """The continuous denoiser (Sec. 4.4, Fig. 3b): 1,310,154,816 parameters, the paper's 1.31B.
+    """The continuous denoiser (Sec. 4.4, Fig. 3b); by default 1.31B parameters (Table 7).
 
     The parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
     strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents and `txt` for
-    the context tokens, which are [CLS] and no text. As in the official code, all layers have
-    PyTorch's default initialisation: the gates do not start at zero. ValueError if axes_dim does
-    not sum to the width of a head.
+    the context tokens, which hold no text. As in the official code, all layers have
+    PyTorch's default initialisation: the gates do not start at zero. Raises ValueError if axes_dim
+    does not sum to the width of a head.
     """
 
     def __init__(self, config):
@@ -634,7 +633,7 @@ def attend(q, k, v, rotary):
 
 
 def modulate(x, shift, scale):
-    """AdaLN: LayerNorm without parameters, whose shift and scale come from a Modulation."""
+    """AdaLN: LayerNorm without affine parameters, then shift and scale (B, 1, hidden)."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x * (1 + scale) + shift
 
@@ -706,7 +705,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = self.norm(*split_heads(qkv, self.heads))
         attn = attend(q, k, v, rotary)
         wide = F.gelu(wide, approximate="tanh")
-        both = torch.cat([attn, wide], dim=-1)                            # (B, L, 5 hidden)
+        both = torch.cat([attn, wide], dim=-1)                            # (B, L + N, 5 hidden)
         return x + gate * self.linear2(both)
 
 
@@ -796,7 +795,7 @@ def run_block(model, block, *inputs):
 
 @dataclass
 class PerceiverConfig:
-    """The paper has 6 layers (Sec. 5.1) and gives no width: ViT-L's 1024 and 16 heads are ours."""
+    """6 layers (Sec. 5.1); the paper gives no width, and we use ViT-L's, with its 16 heads."""
     n_embed: int = 16384   # entries of the codebook
     embed_dim: int = 256   # width of a codebook vector
     width: int = 1024
@@ -808,11 +807,11 @@ class PerceiverConfig:
 class Perceiver(nn.Module):
     """The discrete denoiser (Sec. 4.4, Fig. 3c): masked tokens from the unmasked ones and [CLS].
 
-    In the paper the queries are "the unmasked tokens", and the keys and values are these and [CLS].
-    The rest is our choice. Masked tokens stay in the sequence as one learned [MASK] vector, since a
-    prediction needs a query at its position; so they are keys and values, too. A token enters as
-    its frozen codebook vector, scaled to unit standard deviation, through a linear layer, plus a
-    fixed 2-D sin-cos position. The layers are pre-norm.
+    In the paper the queries are "the unmasked tokens", and the keys and values are these and [CLS];
+    there are no latent queries. The rest is our choice. Masked tokens stay in the sequence as one
+    learned [MASK] vector, since a prediction needs a query at its position; so they are keys and
+    values, too. A token enters as its frozen codebook vector, scaled to unit standard deviation,
+    through a linear layer, plus a fixed 2-D sin-cos position. The layers are pre-norm.
     """
 
     def __init__(self, config, codebook):
@@ -925,12 +924,12 @@ def read_weights(path, what, hint=""):
     return tensors, seal["about"]
 
 
-# What may stand beside the weights in a checkpoint and does nothing when it is made. Of NumPy's
-# types only numbers: one of objects would take any bytes for their addresses.
+# Harmless types that checkpoints hold beside the weights. Of NumPy's dtypes only those of numbers:
+# an array of objects would read memory at addresses that the file names. The last is a key.
 INERT = [argparse.Namespace, np.dtype, *[type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFDG"]]
 for core in ("core", "_core"):
     INERT.append((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar"))
-INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"))  # a key
+INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"))
 
 
 def read_pickle(path, what):
@@ -1036,7 +1035,7 @@ def describe(value):
 
 
 def check_writable(path):
-    """Raise UserError early if a file cannot be written."""
+    """Create the folder of a file, and raise UserError early if the file cannot be written."""
     folder = os.path.dirname(os.path.abspath(path))
     if path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path} cannot be written: name a file")
@@ -1052,7 +1051,7 @@ def write_file(path, write):
     """Write a file atomically: `path` holds either its old content or its new.
 
     `write(part)` writes the file `part` in the same folder, which is then synced and moved into
-    place. Raises UserError if any of this fails, and removes the part.
+    place; creates the folder. Raises UserError if the file system refuses, and removes the part.
     """
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f".part-{name}")
@@ -1116,7 +1115,7 @@ def number(kind, low, high=sys.float_info.max):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError, and takes no empty value."""
+    """An argument parser that raises UserError, and rejects empty values."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
