@@ -55,7 +55,7 @@ from genhancer import (
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 from vqgan import VQGAN, VQGANConfig, load_vqgan
 
-# torchrun sets all of these; some of them alone are left from elsewhere.
+# torchrun sets all of these; another launcher may have left some of them.
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -120,9 +120,9 @@ def add_training_options(add):
     add("--lr", default=1e-4, type=POSITIVE, help="learning rate of the denoiser and projectors")
     add("--lr-clip", type=POSITIVE, help="learning rate of the visual tower; None: that of --lr")
     add("--warmup", default=10, type=number(int, 0), help="steps of linear warm-up")
-    add("--weight-decay", default=0.01, type=number(float, 0), help="of AdamW")
+    add("--weight-decay", default=0.01, type=number(float, 0), help="AdamW's weight decay")
     add("--clip-grad", default=1.0, type=POSITIVE, help="maximum norm of the gradient")
-    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="of all random draws")
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="random seed")
 
     add("--precision", choices=["bf16", "fp32"], help="of autocast; bf16 where it is fast")
     add("--workers", default=8, type=number(int, 0, 1024), help="data loading processes of a rank")
@@ -199,7 +199,7 @@ def read_stage(stage, stages, typed, argv):
     check_values(s)
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
     if s.preset == "bench":
-        s.folder = os.path.join(s.out, "bench")  # beside any run
+        s.folder = os.path.join(s.out, "bench")
     s.result = os.path.join(s.out, "open_clip", OPEN_CLIP_WEIGHTS)
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
@@ -242,8 +242,8 @@ def check_values(s):
     if s.shuffle_target and s.batch_size < 2:
         raise UserError("--shuffle-target takes the [CLS] of another image in the micro-batch: "
                         "use --batch-size 2 or more")
-    if s.freeze_denoiser and s.stage == "e2e":
-        raise UserError("--freeze-denoiser is for stage 2: end to end, the denoiser is untrained")
+    if s.freeze_denoiser and 2 not in s.stages:
+        raise UserError("--freeze-denoiser is for stage 2: before it, the denoiser is untrained")
     if s.shard and not LAUNCHED:
         raise UserError("--shard shards the model over several processes: use torchrun")
     if s.preset == "bench" and (len(s.stages) > 1 or (s.steps or 0) < 2 * s.log_every):
@@ -291,7 +291,7 @@ def run(argv):
     evaluates = len(settings) > 1  # stage all
     with lock_run_directory(first), explain_errors():
         pretrained = None
-        if LOCAL_RANK == 0:  # one rank per node downloads and reports mistakes; the others wait
+        if LOCAL_RANK == 0:  # downloads and reports mistakes; the others wait in start_processes
             prepare(first, evaluates)
             pretrained = load_pretrained(first)
         device, patient_group = start_processes()
@@ -385,7 +385,8 @@ def train_stage(s, pretrained, device):
 
 
 def list_due(s, step, total):
-    """What is due after a step: "row", "sample", "save", "export". Any of them comes with a row."""
+    """What is due after a step: "row", "sample", "save", "export". With any of these a row is
+    written: a sample's losses are in it, and a run resumes from the row of its checkpoint."""
     every = {"row": s.log_every, "sample": s.sample_every, "save": s.save_every}
     if s.stage != 1 and step < total:
         every["export"] = s.export_every
@@ -415,7 +416,7 @@ def validate(s, core, images):
     """The mean loss of images uint8 (n, 3, H, W), with their own [CLS] and with another's."""
     core.eval()
     means = []
-    for condition_images in (images, images.roll(1, 0)):
+    for condition_images in (images, images.roll(1, 0)):  # the image before it is the other
         batches = zip(images.split(s.batch_size), condition_images.split(s.batch_size), strict=True)
         total = 0.0
         for i, (batch, condition) in enumerate(batches):
@@ -569,9 +570,9 @@ def perceiver_config(s, codebook):
 
 def make_optimizer(s, core):
     """AdamW, with --lr for the denoiser and projectors, and --lr-clip for the visual tower."""
-    ours = [*core.denoiser.parameters(), *core.projectors.parameters()]
+    trained_at_lr = [*core.denoiser.parameters(), *core.projectors.parameters()]
     groups = []
-    for parameters, lr in ((ours, s.lr), (core.visual.parameters(), s.lr_clip)):
+    for parameters, lr in ((trained_at_lr, s.lr), (core.visual.parameters(), s.lr_clip)):
         trainable = [p for p in parameters if p.requires_grad]
         if trainable:
             groups.append({"params": trainable, "lr": lr, "initial_lr": lr})
@@ -594,7 +595,7 @@ def start_processes():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     else:
         device = torch.device("cpu")
-        torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's, whose backward is slow
+        torch.backends.cuda.enable_flash_sdp(False)  # on CPUs too, where its backward is slow
     if not LAUNCHED:
         return device, None
     nccl = device.type == "cuda"
@@ -613,7 +614,7 @@ def distribute(s, core):
     if s.shard:
         return shard(s, core)
     if WORLD > 1:
-        # torch 2.11 lacks the replacement for broadcast_buffers.
+        # The option that replaces broadcast_buffers is newer than torch 2.11.
         warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
         return DistributedDataParallel(core, broadcast_buffers=False,
                                        gradient_as_bucket_view=True)
@@ -655,15 +656,10 @@ def broadcast(value):
     return box[0]
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def raise_on_all_ranks(message):
-    """End all ranks, each of which calls this, with a UserError that rank 0 alone prints."""
+    """Exit on all ranks, each of which calls this; only rank 0 prints the message."""
     if RANK > 0:
-        with contextlib.suppress(RuntimeError):  # rank 0 has printed it and exited
+        with contextlib.suppress(RuntimeError):  # raised once rank 0 has printed and exited
             dist.barrier()
         sys.exit(2)
     raise UserError(message)
@@ -817,7 +813,7 @@ class Images(Dataset):
         return self.resize(v2.functional.center_crop(pixels, [min(pixels.shape[1:])]))
 
     def fingerprint(self):
-        """Depends on the names, sizes and order of the files, but not on their directory."""
+        """Depends on the files' names and order and on the offsets in shards, not on folders."""
         names = b"\n".join(os.path.basename(path) for path in self.files.tolist())
         return f"{len(self)} images, {zlib.crc32(self.entries, zlib.crc32(names)):08x}"
 
@@ -1079,8 +1075,8 @@ def is_intact(path):
 
 
 class Log:
-    """log.csv. Losses and images/s are means over all ranks since the previous row; undecodable
-    images and peak memory are counted since the start or restart; the rest is of the row's step."""
+    """log.csv. Losses (means) and images/s (total) are of all ranks since the previous row;
+    undecodable images and peak memory count since the start or restart; the rest is of the step."""
     BINS = 10      # of t or of the mask ratio
     ENOUGH = 1000  # images to have seen before their share of undecodable ones can stop the run
 
@@ -1168,8 +1164,8 @@ class Log:
     def check_undecodable(self, step):
         """UserError, on all ranks, if more than a tenth of the images could not be decoded."""
         seen = (step - self.start) * self.images_per_step
-        whole = self.start == 0 and step == self.total  # the rest of a resumed run may be short
-        if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or whole):
+        complete = self.start == 0 and step == self.total  # the rest of a resumed run may be short
+        if self.undecodable > 0.1 * seen and (seen >= self.ENOUGH or complete):
             raise_on_all_ranks(f"data: {self.undecodable} of {seen} images cannot be decoded: "
                                "repair the data, or leave that part out")
 
@@ -1199,7 +1195,8 @@ def write_result(s, model, path, checksums=None):
         if path == s.result:
             export_hf(clip, os.path.join(s.out, "hf"))
         export_open_clip(clip, os.path.dirname(path))
-    barrier()
+    if dist.is_initialized():
+        dist.barrier()  # the other ranks read the file next
 
 
 def build_enhanced_clip(s, weights):
@@ -1254,7 +1251,7 @@ def print_bench(s, core, log, device):
     print_rank_0(f"s / 100 iterations   {100 / steps_per_s:.2f}")
     print_rank_0(f"images / s           {speed:.4g}")
     print_rank_0(f"peak memory          {memory:.2f} GB")
-    print_rank_0(f"model TFLOP/s        {tflops:.2f} a device")
+    print_rank_0(f"model TFLOP/s        {tflops:.2f} per device")
     print_rank_0(f"MFU                  {mfu}")
 
 
