@@ -200,7 +200,7 @@ def load_clip_file(name, backbone, path):
         clip = create_clip(backbone, download=True)
     weights = hf_weights(clip) if is_hf else clip.state_dict()
     if alone:
-        tensors = {key: weights[key] for key in weights } | tensors
+        tensors = {key: weights[key] for key in weights if not key.startswith(TOWER)} | tensors
     for key in ("logit_scale", "logit_bias"):
         if key in weights and getattr(tensors.get(key), "shape", None) == (1,):
             tensors[key] = tensors[key].reshape(weights[key].shape)  # as older files have it
