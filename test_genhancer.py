@@ -2151,7 +2151,7 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, cli
 ])
 @pytest.mark.parametrize("tower", ["visual.", "vision_model."])
 def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_hand(
-    tmp_path, monkeypatch, capsys, prefix, projected, tower
+    world, tmp_path, monkeypatch, capsys, prefix, projected, tower
 ):
     clip = load_clip("toy")[0]
     own = copy.deepcopy(clip)
@@ -2173,6 +2173,9 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
     line = f"CLIP weights for toy-clip: {path} is a visual tower alone: all else is toy's\n"
     assert capsys.readouterr().err == line
     refused(lambda _: load_clip("tiny-clip", path), "tiny-clip", "'no tag' is not a")
+    del alone[[name for name in alone if "class_embedding" in name][0]]
+    save_file(alone, path)
+    refused(lambda path: load_clip("toy", path), path, "class_embedding must be [96], not absent")
 
 
 SQUARE_224 = {"height": 224, "width": 224}
