@@ -2794,7 +2794,7 @@ def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
         f"{trained}/perceiver/stage1/last.safetensors",
         eval_mmvp.how_to_open("tiny-clip", f"{trained}/perceiver"),
     ]
-    assert len(re.findall("latents of 4 images: mean .*, standard deviation", said)) == 1
+    assert len(re.findall("latents: mean .*, standard deviation", said)) == 1
 
 
 @pytest.mark.parametrize("name, says", [
@@ -2813,14 +2813,16 @@ def test_the_calls_that_open_a_result_and_a_siglips_tokenizers_are_named(name, s
 @pytest.mark.parametrize("spread, doubts", [(0.25, True), (0.6, False), (1.5, False), (3, True)])
 def test_latents_far_from_unit_variance_are_doubted_without_a_draw(capsys, spread, doubts):
     """By a VAE that gives images of two values back, moved by 0.2."""
-    vae = types.SimpleNamespace(encode=lambda images, sample: spread * images + 0.2 + sample)
-    images = (torch.arange(2 * 3 * 64 * 64) % 2.0).view(2, 3, 64, 64)
+    core = Stub()
+    core.autoencoder = types.SimpleNamespace(
+        encode=lambda images, sample: spread * images + 0.2 + sample)
+    images = 255 * (torch.arange(9 * 3 * 64 * 64) % 2).view(9, 3, 64, 64)
     state = torch.get_rng_state()
-    core = types.SimpleNamespace(autoencoder=vae)
-    train.check_latents(settings("--vae", "sd3.safetensors"), core, images)
+    s = settings("--vae", "sd3.safetensors")
+    train.print_summary(s, core, [], images, 1, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     said = capsys.readouterr().out
-    assert f"latents of 2 images: mean 0.20, standard deviation {spread:.2f}" in said
+    assert f"latents: mean 0.20, standard deviation {spread:.2f}" in said
     assert ("is sd3.safetensors the right VAE" in said) == doubts
 
 

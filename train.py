@@ -242,8 +242,8 @@ def check_values(s):
     if s.shuffle_target and s.batch_size < 2:
         raise UserError("--shuffle-target takes the [CLS] of another image in the micro-batch: "
                         "use --batch-size 2 or more")
-    if s.freeze_denoiser and 2 not in s.stages:
-        raise UserError("--freeze-denoiser is for stage 2: before it, the denoiser is untrained")
+    if s.freeze_denoiser and s.stage == "e2e":
+        raise UserError("--freeze-denoiser is for stage 2: end to end, the denoiser is untrained")
     if s.shard and not LAUNCHED:
         raise UserError("--shard shards the model over several processes: use torchrun")
     if s.preset == "bench" and (len(s.stages) > 1 or (s.steps or 0) < 2 * s.log_every):
@@ -429,6 +429,8 @@ def validate(s, core, images):
     return means
 
 
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
 def print_summary(s, core, data, val_images, total, device):
     """What a reader can check: what trains, on which device, on how many images, for how long."""
     if s.preset == "bench":
@@ -441,18 +443,11 @@ def print_summary(s, core, data, val_images, total, device):
         f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
         f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
     if s.denoiser == "rf" and s.stage == 1 and s.preset != "bench":
-        check_latents(s, core, val_images[:8].float() / 255)
-
-
-@torch.compiler.set_stance("force_eager")
-@torch.no_grad()
-def check_latents(s, core, images):
-    """Print the mean and standard deviation of some latents, and warn if the VAE seems wrong."""
-    latents = core.autoencoder.encode(2 * images - 1, sample=False)
-    mean, std = latents.mean().item(), latents.std().item()
-    doubt = "" if 0.5 <= std <= 2 else f", far from 1: is {s.vae} the right VAE?"
-    print_rank_0(f"latents of {len(images)} images: mean {mean:.2f}, standard deviation {std:.2f}"
-                 f"{doubt}")
+        images = val_images[:8].float() / 255
+        latents = core.autoencoder.encode(2 * images - 1, sample=False)
+        mean, std = latents.mean().item(), latents.std().item()
+        doubt = "" if 0.5 <= std <= 2 else f", which is far from 1: is {s.vae} the right VAE?"
+        print_rank_0(f"latents: mean {mean:.2f}, standard deviation {std:.2f}{doubt}")
 
 
 def device_name(device):
