@@ -1,5 +1,4 @@
-"""MMVP-VLM, the paper's benchmark of fine-grained vision (Table 1), and zero-shot retention
-(Table 3).
+"""Evaluate CLIPs: MMVP-VLM (Table 1 of the paper) and zero-shot retention (Table 3).
 
     python eval_mmvp.py --preset toy --weights runs/toy-rf/open_clip --baseline original
     python eval_mmvp.py --weights open_clip --baseline original --benchmark MMVP_VLM \\
@@ -7,10 +6,9 @@
     python eval_mmvp.py --weights open_clip --zeroshot imagenet:DIR    # without MMVP-VLM
 
 Every number comes with a 95 % interval. "before" is the --baseline, "after" the model of --weights.
-The protocol is that of the benchmark's own evaluate_vlm.py (github.com/tsb0601/MMVP), with two
-differences. A pair's pattern is what its Type column says; the script derives it from the row
-number. Images are converted to RGB before they are resized; the script converts them afterwards,
-which matters only for palette, RGBA and CMYK images.
+The protocol is that of the benchmark's evaluate_vlm.py (github.com/tsb0601/MMVP), except for two
+points: a pair's pattern is what its Type column says, instead of following from the row number, and
+images are converted to RGB before resizing, which matters only for palette, RGBA and CMYK images.
 """
 import csv
 import hashlib
@@ -22,10 +20,10 @@ import re
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
-from collections import namedtuple
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import zip_longest
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep, not spin
 
@@ -44,6 +42,7 @@ import genhancer as gh
 from genhancer import UserError, first_line
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
+WORLD = os.path.join(TOY, "data")
 open_clip.add_model_config(os.path.join(TOY, "toy-clip.json"))
 
 BACKBONES = {  # the six of Table 1 and the toy, as open_clip's MODEL:TAG; to add one, add a row
@@ -62,10 +61,10 @@ BACKBONES = {  # the six of Table 1 and the toy, as open_clip's MODEL:TAG; to ad
 def load_clip(name, weights=None, random=False):
     """Load a CLIP: a row of BACKBONES, or open_clip's MODEL:TAG, with its published weights.
 
-    `weights` names local ones instead, which need no network: a file or folder in open_clip's or
-    Hugging Face's format, OpenAI's own archive, or a larger program's checkpoint. No code in them
-    is executed. If they are only a visual tower, all other weights are the published ones, and a
-    line says so. `random=True` keeps the random initialization and needs no tag.
+    `weights` names local ones instead: a file or folder in open_clip's or Hugging Face's format,
+    OpenAI's own archive, or a larger program's checkpoint. No code in them is executed. A visual
+    tower alone is completed by the published weights. `random=True` keeps the random initialization
+    and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, in float32 and eval mode,
     frozen; the transform from a PIL image to its input (3, H, W); the function from a list of
@@ -73,8 +72,6 @@ def load_clip(name, weights=None, random=False):
     whose configuration contradicts the backbone's.
     """
     model, tag = find_backbone(name, weights, random)
-    if name == "toy" and weights is None:
-        weights = tag
     if random or weights is None:
         clip = create_clip(model, tag, download=not random)
     else:
@@ -117,8 +114,7 @@ def create_clip(model, tag, download=False):
         return clip
     except Exception as error:  # open_clip, the hub and the network each raise their own
         raise UserError(f"open_clip cannot create {model} ({first_line(error)}): download its "
-                        f"weights {tag!r} on a machine with network access, and give the local "
-                        "file") from None
+                        f"weights {tag!r} on another machine, and pass the local file") from None
     finally:
         logging.disable(logging.NOTSET)
 
@@ -129,15 +125,13 @@ def make_tokenizer(model):
     try:
         return open_clip.get_tokenizer(model)
     except Exception as error:  # as in create_clip
-        raise UserError(f"open_clip cannot create the text tokenizer of {model} "
-                        f"({first_line(error)}): it requires `pip install transformers` and, the "
-                        "first time, network access") from None
+        raise UserError(f"open_clip cannot create {model}'s text tokenizer ({first_line(error)}): "
+                        "it requires `pip install transformers` and, once, the network") from None
 
 
 # ---- reading weights without executing code ----
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 FILES = (  # weights in a folder, in open_clip's order of preference; the last two may be either's
     OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin",
@@ -157,8 +151,7 @@ def load_clip_file(name, model, tag, path):
     tensors, is_hf = find_clip(clip, tensors, path, what)
     if is_hf:
         check_export(name, clip)  # transformers' names and shapes do not fit every model
-    visual = ("visual.", "vision_model.", "visual_projection.")
-    visual_only = bool(tensors) and all(key.startswith(visual) for key in tensors)
+    visual_only = bool(tensors) and all(key.startswith(("visual", "vision_")) for key in tensors)
     if visual_only:
         print(f"{what}: {path} holds only a visual tower; all other weights are {name}'s own",
               file=sys.stderr)
@@ -173,10 +166,9 @@ def load_clip_file(name, model, tag, path):
     if is_hf and is_siglip(clip):  # the two that are copies, not views
         pool = clip.visual.trunk.attn_pool.state_dict()
         for kind in ("weight", "bias"):
-            packed = weights[f"vision_model.head.attention.in_proj_{kind}"]
-            rows = len(packed) // 3
-            pool[f"q.{kind}"].copy_(packed[:rows])
-            pool[f"kv.{kind}"].copy_(packed[rows:])
+            q, k, v = weights[f"vision_model.head.attention.in_proj_{kind}"].chunk(3)
+            pool[f"q.{kind}"].copy_(q)
+            pool[f"kv.{kind}"].copy_(torch.cat([k, v]))
     check_config(name, clip, path, what, is_hf, visual_only)
     return clip
 
@@ -237,7 +229,6 @@ def check_config(name, clip, path, what, is_hf, visual_only):
         for key, value in ours.items():
             line = f"{file} says {key} {theirs[key]!r} ({part}), and {name} computes {value!r}"
             if is_siglip(clip) and (theirs[key], value) == ("gelu_pytorch_tanh", "gelu"):
-                # Google's SigLIPs and open_clip's.
                 print(f"{what}: {line}; the two differ by less than 5e-4", file=sys.stderr)
             elif theirs[key] != value:
                 raise UserError(f"{what}: {line}: choose another backbone")
@@ -245,7 +236,7 @@ def check_config(name, clip, path, what, is_hf, visual_only):
 
 def read_open_clip_config(folder, clip):
     """Yield (file, part, the file's settings, the clip's) for a folder's open_clip_config.json."""
-    file = os.path.join(folder, OPEN_CLIP_CONFIG)
+    file = os.path.join(folder, "open_clip_config.json")
     if not os.path.isfile(file):
         return
     config = gh.read_json(file)
@@ -320,12 +311,10 @@ def hf_defaults(part, kind):
 # ---- open_clip's format ----
 
 def export_open_clip(clip, folder):
-    """Write a CLIP (LoRA merged) as a folder that open_clip opens as model "local-dir:FOLDER".
-
-    The weights are written last: once they exist, the folder is complete.
-    """
+    """Write a CLIP (LoRA merged) as a folder that open_clip opens as model "local-dir:FOLDER"."""
     config = {"model_cfg": clip.model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}
-    gh.write_json(os.path.join(folder, OPEN_CLIP_CONFIG), config)
+    gh.write_json(os.path.join(folder, "open_clip_config.json"), config)
+    # The weights are last: once they exist, the folder is complete.
     gh.write_weights(os.path.join(folder, OPEN_CLIP_WEIGHTS), clip.state_dict())
 
 
@@ -377,7 +366,7 @@ PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 def hf_weights(clip):
     """The weights of an open_clip CLIP or SigLIP under Hugging Face's names and in its shapes.
 
-    Each is a view of the clip's own tensor, which export reads and import writes, except for the
+    They are views of the clip's own tensors, for export to read and import to write, but for the
     packed weight and bias of SigLIP's pooling head, which are copies.
     """
     weights = {}
@@ -447,16 +436,17 @@ def hf_config(clip):
     kind = "siglip" if siglip else "clip"
     weights = hf_weights(clip)
     vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
-    positions = len(weights["text_model.embeddings.position_embedding.weight"])
-    visual, text = clip.visual, getattr(clip, "text", clip)
-    config = {"model_type": kind, "torch_dtype": "float32"}
-    config["architectures"] = ["SiglipModel" if siglip else "CLIPModel"]
-    vision = hf_tower(visual.trunk.blocks if siglip else visual.transformer.resblocks)
+    vision = hf_tower(clip.visual.trunk.blocks if siglip else clip.visual.transformer.resblocks)
     vision["model_type"] = f"{kind}_vision_model"
-    vision["image_size"] = gh.image_side(visual)
+    vision["image_size"] = gh.image_side(clip.visual)
     vision["patch_size"] = weights[f"vision_model.{HF_PATCHES}"].shape[-1]
-    text = hf_tower(text.transformer.resblocks) | {"model_type": f"{kind}_text_model"}
-    text |= {"vocab_size": vocabulary, "max_position_embeddings": positions}
+    text = hf_tower(getattr(clip, "text", clip).transformer.resblocks)
+    text["model_type"] = f"{kind}_text_model"
+    text["vocab_size"] = vocabulary
+    text["max_position_embeddings"] = len(
+        weights["text_model.embeddings.position_embedding.weight"])
+    config = {"model_type": kind, "torch_dtype": "float32",
+              "architectures": ["SiglipModel" if siglip else "CLIPModel"]}
     if siglip:
         text["projection_size"] = len(weights["text_model.head.weight"])
     else:
@@ -516,11 +506,9 @@ def evaluate_mmvp(clip, preprocess, tokenizer, benchmark_dir, batch_size=64):
     """MMVP-VLM on the clip's device, in float32; leaves the clip in eval mode.
 
     Each statement chooses one of its pair's two images; a pair is right if both choose their own.
-    Returns a dict:
-    - "average": the mean over the patterns, in percent;
-    - "patterns": {pattern: percent of its pairs that are right}, in order of first appearance;
-    - "pairs": read_benchmark's, each with "scores" (for each statement, the probability of the
-      first image) and "correct".
+    Returns "average" (mean over the patterns, in percent), "patterns" ({pattern: percent of its
+    pairs that are right}, in order of first appearance) and "pairs" (read_benchmark's, each with
+    "scores", each statement's probability of the first image, and "correct").
     """
     clip.eval()
     pairs = read_benchmark(benchmark_dir)
@@ -586,11 +574,8 @@ def read_benchmark(benchmark_dir):
     return list(pairs.values())
 
 
-Row = namedtuple("Row", "where id type statement")
-
-
 def read_rows(path):
-    """The Rows of a Questions.csv below its header; `where` names the file and the line."""
+    """The rows of a Questions.csv below its header; `where` names the file and the line."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
@@ -605,10 +590,10 @@ def read_rows(path):
         if len(cells) != 3 or not all(cells) or not re.fullmatch(r"\d{1,18}", cells[0]):
             raise UserError(f"{where}: must be a number, a Type and a statement (in quotes if it "
                             f"has a comma), not {','.join(cells)[:200]}")
-        rows.append(Row(where, int(cells[0]), cells[1], cells[2]))
+        number, pattern, text = cells
+        rows.append(SimpleNamespace(where=where, id=int(number), type=pattern, statement=text))
     if not rows:
-        raise UserError(f"{path} is empty: it must hold a header (Question ID,Type,Statement) and "
-                        "two rows for each pair")
+        raise UserError(f"{path} is empty: it must hold a header and two rows for each pair")
     return rows
 
 
@@ -672,8 +657,8 @@ def read_image(path):
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # the decoders raise nearly anything on broken files
-        message = f"cannot decode the image {path} ({first_line(error)}): replace it"
-        raise UserError(message) from None
+        reason = first_line(error)
+        raise UserError(f"cannot decode the image {path} ({reason}): replace it") from None
 
 
 def encode_images(clip, dataset, batch_size):
@@ -690,9 +675,8 @@ def encode_images(clip, dataset, batch_size):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a worker process that decodes images died ({first_line(error)}): the "
-                        "machine may be short of memory or of /dev/shm (Docker: --ipc=host)"
-                        ) from None
+        raise UserError(f"an image decoding worker died ({first_line(error)}): it may need more "
+                        "memory, or more shared memory (docker run --ipc=host)") from None
     return torch.cat(features), torch.cat(labels).to(device)
 
 
@@ -708,14 +692,11 @@ def encode_texts(clip, tokenizer, texts, batch_size):
 
 # ---- Confidence intervals and significance -------------------------------------------------------
 
-# From here on, `results` is {"after": evaluate's result} or, with a baseline, {"before": the
-# baseline's, "after": ...}.
-
 def make_rows(results):
     """The table's rows (see make_row): each pattern, their average, then each zero-shot metric.
 
-    For the average the bootstrap resamples pairs within their patterns; for a recall it resamples
-    images, because the queries of one image are not independent.
+    results: {"after": evaluate's result}, and with a baseline "before", here and below. For a
+    recall, images are resampled, because the queries of one image are not independent.
     """
     patterns = {key: by_pattern(result["pairs"]) for key, result in results.items()}
     rows = []
@@ -738,9 +719,8 @@ def make_row(name, unit, groups, resample=False):
 
     groups: {"before" (if there is one) and "after": arrays whose means are averaged}, with one
     value for each of the row's `unit`, "pairs" or "images". resample: intervals from bootstrap
-    rather than wilson, which takes one array of 0 and 1. With a "before", the row also tells how
-    many values rose (won) and fell (lost), and the p of the exact sign test, which for 0 and 1 is
-    McNemar's.
+    rather than wilson, which takes one array of 0 and 1. With a "before", the row also has how many
+    values rose (won) and fell (lost), and the exact sign test's p, McNemar's for 0 and 1.
     """
     row = {"name": name, "unit": unit}
     for key, arrays in groups.items():
@@ -767,16 +747,16 @@ def percent(arrays):
 
 def wilson(k, n, z=1.959964):
     """Wilson's 95 % score interval (low, high) for k of n."""
-    centre = (k + z * z / 2) / (n + z * z)
-    spread = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    return max(0.0, centre - spread), min(1.0, centre + spread)  # no rounding errors outside
+    centre = k + z * z / 2
+    spread = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    high = (centre + spread) / (n + z * z)
+    return (centre - spread) / (n + z * z), min(1.0, high)  # no rounding error above 1
 
 
 def bootstrap(arrays, resamples=10_000, seed=0):
     """95 % percentile interval (low, high) of the mean over arrays of each array's mean.
 
-    Values are resampled within each array. Few of them may be distinct: 0 and 1 for an accuracy;
-    -1, 0 and 1 for after - before. An array whose values are all equal adds no width.
+    Values are resampled within each array; few of them may be distinct.
     """
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
@@ -792,11 +772,10 @@ def bootstrap(arrays, resamples=10_000, seed=0):
 def mcnemar(won, lost):
     """McNemar's exact two-sided p: of fair coins splitting won + lost at least this unevenly."""
     n = won + lost
-    tail = 0
-    ways = 1  # to choose i of n
-    for i in range(min(won, lost) + 1):
-        tail += ways
+    tail = ways = 1  # ways to choose i of n
+    for i in range(min(won, lost)):
         ways = ways * (n - i) // (i + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**n)  # integers until the division: no overflow
 
 
@@ -813,9 +792,8 @@ ZEROSHOT = {  # --zeroshot NAME:PATH, and what PATH must be; nothing is download
     "coco": "a folder with Karpathy's dataset_coco.json and the images in val2014/ beside it",
 }
 PHOTOS = ["a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.",
-          "a low contrast photo of a {}.", "a high contrast photo of a {}.",
-          "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
-          "a photo of a big {}."]
+          "a low contrast photo of a {}.", "a high contrast photo of a {}.", "a bad photo of a {}.",
+          "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}."]
 OWNERS = ["a", "the", "my", "my dirty", "my clean", "my new", "my old"]
 PROMPTS = {  # as published with CLIP (github.com/openai/CLIP), except for folder
     "cifar100": PHOTOS + [photo.replace(" of a ", " of the ") for photo in PHOTOS],
@@ -833,8 +811,7 @@ def evaluate(clip, preprocess, tokenizer, benchmark_dir, zeroshot=(), batch_size
     Adds "outcomes", {metric: (images,) array whose mean is the metric}, and "zeroshot", {metric:
     percent}. "NAME accuracy" (top 1): 1.0 for an image that is classified correctly. "NAME image
     recall@5" and "NAME text recall@5": the share of an image's queries that find a match among the
-    first five. Without a benchmark (None) there are no patterns and pairs, and the average is None.
-    A set that fails is left out, and its error is in "failures": see raise_failures.
+    first five. A set that fails is left out, and its error is in "failures": see raise_failures.
     """
     clip.eval()
     result = {"average": None, "patterns": {}, "pairs": []}
@@ -850,8 +827,7 @@ def evaluate(clip, preprocess, tokenizer, benchmark_dir, zeroshot=(), batch_size
         except UserError as error:
             result["failures"].append(f"{name} was not evaluated: {gh.message_of(error)}")
             continue
-        for metric, values in outcomes.items():
-            result["outcomes"][f"{name} {metric}"] = values
+        result["outcomes"] |= {f"{name} {metric}": of for metric, of in outcomes.items()}
     result["zeroshot"] = {metric: percent([of]) for metric, of in result["outcomes"].items()}
     return result
 
@@ -884,19 +860,14 @@ def retrieve(clip, tokenizer, dataset, texts, owners, batch_size):
     image_found = finds_own(captions, images, owner, index).cpu().numpy()     # (captions,)
     text_found = finds_own(images, captions, index, owner).cpu().numpy()      # (images,)
     of_image = np.bincount(owners, weights=image_found)                       # (images,)
-    return {
-        "image recall@5": of_image * len(images) / len(captions),
-        "text recall@5": text_found.astype(float),
-    }
+    of_image *= len(images) / len(captions)
+    return {"image recall@5": of_image, "text recall@5": text_found.astype(float)}
 
 
 def finds_own(queries, gallery, query_owner, gallery_owner, k=5):
-    """Whether each query (N, D) has an item of its own owner among its k nearest in the gallery.
-
-    gallery: (M, D). Owners: (N,) and (M,) integers. Returns (N,) booleans.
-    """
-    k = min(k, len(gallery))
-    nearest = (queries @ gallery.T).topk(k).indices                           # (N, k)
+    """Whether each query (N, D) has an item of its own owner among its k nearest in the gallery
+    (M, D): (N,) booleans. Owners: (N,) and (M,) integers."""
+    nearest = (queries @ gallery.T).topk(min(k, len(gallery))).indices        # (N, k)
     owners = gallery_owner[nearest]                                           # (N, k)
     return (owners == query_owner[:, None]).any(dim=1)
 
@@ -905,7 +876,7 @@ def check_zeroshot(name, path, preprocess=None):
     """Find a set of ZEROSHOT on disk; no model needed, no image decoded.
 
     Returns (dataset of (image, label), class names, templates) or, for retrieval, (dataset,
-    captions, the index of each caption's image). Raises UserError that says what PATH must be.
+    captions, the index of each caption's image). UserError says what PATH must be.
     """
     if name not in ZEROSHOT or not path:
         raise UserError(f"--zeroshot {name}:{path}: write NAME:PATH, where NAME is one of "
@@ -917,8 +888,7 @@ def check_zeroshot(name, path, preprocess=None):
             raise UserError("a class name or caption is empty")
     except Exception as error:  # torchvision and json raise nearly anything on broken files
         why = str(error).partition(". You can use download=True")[0]  # torchvision's advice
-        message = f"--zeroshot {name}:{path}: {why}: PATH must be {ZEROSHOT[name]}"
-        raise UserError(message) from None
+        raise UserError(f"--zeroshot {name}:{path}: {why}: PATH must be {ZEROSHOT[name]}") from None
     return dataset, texts, more
 
 
@@ -1035,26 +1005,22 @@ def explain_table(rows):
             f"{noise}\nAmong many patterns a small p may be chance: judge by the average.")
 
 
-GREEN = "#15803d"
-RED = "#dc2626"
+GREEN, RED = "#15803d", "#dc2626"
 SIDE = 200                  # of an image in the picture, in pixels
 CARD = (2 * SIDE + 30, SIDE + 210)
 
 
 def draw_changes(path, before, after, limit=12):
-    """Draw pairs whose verdict changed (PNG), in the manner of the paper's Fig. 10.
-
-    Those won come first, framed in green, then those lost, in red. Of more than `limit` pairs, an
-    evenly spaced selection is shown.
-    """
+    """Draw pairs whose verdict changed, as the paper's Fig. 10: those won first, framed in green,
+    then those lost, in red; of more than `limit`, an evenly spaced selection."""
     both = list(zip(before["pairs"], after["pairs"], strict=True))
     won = [(old, new) for old, new in both if new["correct"] and not old["correct"]]
     lost = [(old, new) for old, new in both if old["correct"] and not new["correct"]]
     changed = won + lost
     shown = changed[::math.ceil(len(changed) / limit) or 1]
     width, height = CARD[0] + 10, CARD[1] + 10
-    rows = math.ceil(len(shown) / 4)
-    sheet = Image.new("RGB", (4 * width + 20, 60 + rows * height), "white")
+    size = (4 * width + 20, 60 + math.ceil(len(shown) / 4) * height)
+    sheet = Image.new("RGB", size, "white")
     title = f"{len(won)} pairs won (green frame), {len(lost)} lost (red), of {len(both)}. "
     title += f"{len(shown)} are shown, with whether each statement chose the right image."
     ImageDraw.Draw(sheet).text((20, 15), title, "black", ImageFont.load_default(24))
@@ -1088,9 +1054,6 @@ def draw_card(old, new):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-WORLD = os.path.join(TOY, "data")
-
 
 def parse_arguments(argv):
     parser = gh.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -1137,12 +1100,11 @@ def check_usage(args):
         raise UserError("--picture shows the pairs whose verdict changed: name the pairs by "
                         "--benchmark DIR, and what to compare with by --baseline FILE|original")
     taken = [os.path.realpath(path) for path in (args.weights, args.baseline) if path]
-    for path in (args.json, args.picture):
-        if path and os.path.realpath(path) in taken:
+    for path in [path for path in (args.json, args.picture) if path]:
+        if os.path.realpath(path) in taken:
             raise UserError(f"{path} is a CLIP to evaluate, or named twice: name another file")
-        if path:
-            gh.check_writable(path)
-            taken.append(os.path.realpath(path))
+        gh.check_writable(path)
+        taken.append(os.path.realpath(path))
 
 
 def run(argv):
@@ -1179,8 +1141,7 @@ def run(argv):
 def report(results):
     """The results that --json writes: summaries, the table's rows, and every pair's scores."""
     content = {key: summary(result) for key, result in results.items()}
-    content["rows"] = make_rows(results)
-    content["pairs"] = []
+    content |= {"rows": make_rows(results), "pairs": []}
     for judged in zip(*[result["pairs"] for result in results.values()], strict=True):
         entry = {key: judged[0][key] for key in ("ids", "type", "statements")}
         for key, pair in zip(results, judged, strict=True):

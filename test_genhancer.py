@@ -4329,7 +4329,7 @@ def test_a_process_that_dies_while_decoding_is_one_line(tiny, classes, monkeypat
     monkeypatch.setattr(eval_mmvp, "MANY", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     images = eval_mmvp.ImageFiles([classes / "moon" / "1.jpg"], lambda image: os._exit(1))
-    says = "a worker process that decodes images died"
+    says = "an image decoding worker died"
     refused(lambda _: eval_mmvp.encode_images(tiny[0], images, 4), says, "--ipc=host")
 
 
