@@ -334,10 +334,9 @@ def loading_hint(name, out):
 # ---- Hugging Face's format ----
 
 HF_NAMES = [  # (pattern of open_clip's, Hugging Face's): replaced in this order, in both directions
-    (r"^visual\.trunk\.",                   "visual."),
     (r"^visual\.proj$",                     "visual_projection.weight"),
-    (r"^visual\.norm\.",                    "visual.post_layernorm."),
-    (r"^visual\.",                          "vision_model."),
+    (r"^visual\.trunk\.norm\.",             "visual.post_layernorm."),
+    (r"^visual\.(trunk\.)?",                "vision_model."),
     (r"^text\.text_projection\.",           "text_model.head."),
     (r"^text\.text_projection$",            "text_projection.weight"),
     (r"^text\.",                            "text_model."),
@@ -550,11 +549,9 @@ def check_benchmark(benchmark_dir):
 
 
 def read_benchmark(benchmark_dir):
-    """The pairs of an MMVP-VLM folder, in the order of its Questions.csv, two rows each.
-
-    Returns dicts: "ids" (2 integers), "type", "statements" (2 strings), "images" (2 paths).
-    Raises UserError, with file and row, for any departure from the benchmark's published layout.
-    """
+    """The pairs of an MMVP-VLM folder, in the order of its Questions.csv, two rows each: dicts of
+    "ids" (2 integers), "type", "statements" (2 strings) and "images" (2 paths). UserError, with
+    file and row, for any departure from the benchmark's published layout."""
     rows = read_rows(os.path.join(benchmark_dir, "Questions.csv"))
     pairs = {}
     for first, second in zip_longest(rows[::2], rows[1::2]):
@@ -652,8 +649,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
 def read_image(path):
     """Decode to RGB as open_clip's own preprocessing does."""
     try:
-        if not os.path.isfile(path):  # reading a named pipe would hang
-            raise OSError("not a file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # the decoders raise nearly anything on broken files
@@ -682,10 +677,9 @@ def encode_images(clip, dataset, batch_size):
 
 def encode_texts(clip, tokenizer, texts, batch_size):
     """Unit features (N, D) of N strings, on the clip's device."""
-    device = clip.logit_scale.device
     features = []
     for i in range(0, len(texts), batch_size):
-        tokens = tokenizer(texts[i : i + batch_size]).to(device)
+        tokens = tokenizer(texts[i : i + batch_size]).to(clip.logit_scale.device)
         features.append(clip.encode_text(tokens, normalize=True))
     return torch.cat(features)
 
@@ -754,10 +748,8 @@ def wilson(k, n, z=1.959964):
 
 
 def bootstrap(arrays, resamples=10_000, seed=0):
-    """95 % percentile interval (low, high) of the mean over arrays of each array's mean.
-
-    Values are resampled within each array; few of them may be distinct.
-    """
+    """95 % percentile interval (low, high) of the mean over arrays of each array's mean, from
+    resampling within each array, in which few values may be distinct."""
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
     for array in arrays:
@@ -859,8 +851,7 @@ def retrieve(clip, tokenizer, dataset, texts, owners, batch_size):
     images, index = encode_images(clip, dataset, batch_size)                  # (images, D)
     image_found = finds_own(captions, images, owner, index).cpu().numpy()     # (captions,)
     text_found = finds_own(images, captions, index, owner).cpu().numpy()      # (images,)
-    of_image = np.bincount(owners, weights=image_found)                       # (images,)
-    of_image *= len(images) / len(captions)
+    of_image = np.bincount(owners, image_found) * len(images) / len(captions)  # (images,)
     return {"image recall@5": of_image, "text recall@5": text_found.astype(float)}
 
 
@@ -1072,8 +1063,7 @@ def parse_arguments(argv):
     add("--json", metavar="FILE", help="write the table, and every pair's scores and verdicts")
     add("--picture", metavar="FILE",
         help="draw the pairs whose verdict changed (PNG; needs --benchmark and --baseline)")
-    add("--batch-size", type=gh.number(int, 1, 100_000), default=64,
-        help="1 to 100000 (default: %(default)s)")
+    add("--batch-size", type=gh.number(int, 1, 100_000), default=64, help="default: %(default)s")
     typed, _ = parser.parse_known_args(argv)
     if typed.preset == "toy":
         parser.set_defaults(backbone="toy", benchmark=os.path.join(WORLD, "mmvp"),
