@@ -155,7 +155,7 @@ def world(tmp_path_factory):
         clip = open_clip.create_model(name, load_weights=False)
         perturb(clip)
         save_file(clip.state_dict(), folder / f"{name}.safetensors")
-        eval_mmvp.BACKBONES[name] = eval_mmvp.Backbone(name, "no tag")
+        eval_mmvp.BACKBONES[name] = f"{name}:no tag"
     squash = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
     open_clip.pretrained._PRETRAINED["tiny-siglip"] = {"no tag": squash}
 
@@ -1553,7 +1553,7 @@ def full_size(name):
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         make = open_clip.create_model
         patch.setattr(open_clip, "create_model", lambda *a, **b: make(*a, **b, device="meta"))
-        return eval_mmvp.create_clip(find_backbone(name))
+        return eval_mmvp.create_clip(*find_backbone(name))
 
 
 @pytest.mark.parametrize("name, side, patches, activation, sizes", [
@@ -1625,7 +1625,7 @@ def more(world):
     for name, config in MORE.items():
         (world / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(world / f"{name}.json")
-        eval_mmvp.BACKBONES[name] = eval_mmvp.Backbone(name, "no tag")
+        eval_mmvp.BACKBONES[name] = f"{name}:no tag"
     open_clip.pretrained._PRETRAINED["tiny-gelu"] = {"it": {"quick_gelu": True, **LOOK}}
     return world
 
@@ -1665,12 +1665,12 @@ def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, 
 
 @pytest.mark.parametrize("name, file, says", [
     ("nonsense", None, "unknown backbone 'nonsense': choose from openai-l14-224"),
-    ("ViT-L-14:nonsense", None, "name ViT-L-14:TAG with one of its tags (openai, "),
-    ("ViT-B-32:opnai", "tiny-clip.safetensors", "'ViT-B-32:opnai' names no tag"),
+    ("ViT-L-14:nonsense", None, "give ViT-L-14:TAG with one of its tags (openai, "),
+    ("ViT-B-32:opnai", "tiny-clip.safetensors", "'ViT-B-32:opnai' has no known tag"),
     ("ViT-B-16-SigLIP", "tiny-siglip.safetensors", "with one of its tags (webli)"),
     ("ViT-S-16", "tiny-clip.safetensors", "it has none: choose another model"),
     ("tiny-clip", "nowhere.pt", "nowhere.pt': name a file or a folder"),
-    ("tiny-clip", "data", "data is neither in open_clip's nor in HuggingFace's format"),
+    ("tiny-clip", "data", "data is neither in open_clip's nor in Hugging Face's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
     ("tiny-clip", "tiny-clip.json", "tiny-clip.json cannot be read safely"),
@@ -1878,7 +1878,7 @@ def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatc
     assert torch.equal(theirs.encode_text(tokens), clip.encode_text(tokens))
     assert torch.equal(theirs.logit_scale, clip.logit_scale)
     assert_same_weights(load_clip(small, tmp_path / "it")[0], clip)
-    if "SigLIP" in find_backbone(name).model:  # its tokenizer comes from the hub, by this name
+    if "SigLIP" in find_backbone(name)[0]:  # its tokenizer comes from the hub, by this name
         config = json.loads((tmp_path / "it" / "open_clip_config.json").read_text())
         assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "timm/ViT-B-16-SigLIP"
     else:
@@ -1900,7 +1900,7 @@ def test_an_exported_open_clip_folder_says_what_it_is(more, tmp_path):
 
 def test_where_a_results_weights_are_whole_so_is_all_else(more, trained, tmp_path, monkeypatch):
     """A run without them is not finished: they are written last."""
-    monkeypatch.setattr(eval_mmvp, "write_json", fails(UserError("no room")))
+    monkeypatch.setattr(gh, "write_json", fails(UserError("no room")))
     with pytest.raises(UserError):
         eval_mmvp.export_open_clip(load_tiny(more), tmp_path)
     assert not (tmp_path / "open_clip_model.safetensors").exists()
@@ -1933,10 +1933,10 @@ def change(config, where, value):
     ("preprocess_cfg interpolation", "bilinear", "interpolation 'bilinear' (preprocess_cfg)"),
     ("preprocess_cfg resize_mode", "squash", "resize_mode 'squash' (preprocess_cfg)"),
     ("preprocess_cfg fill_color", 1, "fill_color 1 (preprocess_cfg)"),
-    ("model_cfg vision_cfg rope", True, "no configuration of this open_clip's (CLIPVisionCfg."),
-    ("model_cfg", ..., "no configuration of this open_clip's ('model_cfg')"),
-    ("model_cfg", [], "no configuration of this open_clip's"),
-    ("preprocess_cfg", [1], "no configuration of this open_clip's"),
+    ("model_cfg vision_cfg rope", True, "of the installed open_clip (CLIPVisionCfg."),
+    ("model_cfg", ..., "not a configuration of the installed open_clip ('model_cfg')"),
+    ("model_cfg", [], "not a configuration of the installed open_clip"),
+    ("preprocess_cfg", [1], "not a configuration of the installed open_clip"),
     # Silence where open_clip's own value is the same, and what changes no features.
     ("preprocess_cfg", ..., None),
     ("preprocess_cfg size", 224, None),
@@ -2170,8 +2170,8 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
     for name, tensor in loaded.state_dict().items():
         its = name.startswith("visual.") and not (is_hf and not projected and name == "visual.proj")
         assert torch.equal(tensor, (clip if its else own).state_dict()[name]), name
-    line = f"CLIP weights for toy-clip: {path} is a visual tower alone: all else is toy's\n"
-    assert capsys.readouterr().err == line
+    line = f"{path} holds only a visual tower; all other weights are toy's own\n"
+    assert capsys.readouterr().err == f"CLIP weights for toy-clip: {line}"
     refused(lambda _: load_clip("tiny-clip", path), "tiny-clip", "'no tag' is not a")
     del alone[[name for name in alone if "class_embedding" in name][0]]
     save_file(alone, path)
@@ -2253,7 +2253,7 @@ def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys)
     towers = dict.fromkeys(("vision_config", "text_config"), {"num_attention_heads": 4})
     (tmp_path / CONFIG).write_text(json.dumps(towers))  # the hub's name no activation
     load_clip("tiny-siglip", tmp_path)
-    says = "says hidden_act 'gelu_pytorch_tanh' .*, and tiny-siglip computes 'gelu', which is close"
+    says = "says hidden_act 'gelu_pytorch_tanh' .* computes 'gelu'; the two differ by less"
     assert len(re.findall(says, capsys.readouterr().err)) == 2  # of each tower
 
 
@@ -2772,7 +2772,7 @@ def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
         return types.SimpleNamespace(to=lambda device: weights), None, None
 
     def measure(weights, *_):
-        failures = [] if weights == "original" else ["cars was not measured: x.jpg"]
+        failures = [] if weights == "original" else ["cars was not evaluated: x.jpg"]
         return dict.fromkeys((*shown, "more"), weights) | {"failures": failures}
 
     shown = ("average", "patterns", "zeroshot")
@@ -2780,7 +2780,7 @@ def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", measure)
     monkeypatch.setattr(train, "print_table", lambda *_: None)
     s = settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original")
-    refused(lambda _: train.evaluate_before_and_after(s, None), "cars was not measured: x.jpg")
+    refused(lambda _: train.evaluate_before_and_after(s, None), "cars was not evaluated: x.jpg")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["before"] == dict.fromkeys(shown, "original")
     assert result["after"] == dict.fromkeys(shown, s.result)
@@ -2790,9 +2790,9 @@ def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
     said = (trained / "said").read_text()
     assert re.findall("stage . is done.*: (.*)", said) == [
         f"{trained}/rf/stage1/last.safetensors",
-        eval_mmvp.how_to_open("tiny-clip", f"{trained}/rf"),
+        eval_mmvp.loading_hint("tiny-clip", f"{trained}/rf"),
         f"{trained}/perceiver/stage1/last.safetensors",
-        eval_mmvp.how_to_open("tiny-clip", f"{trained}/perceiver"),
+        eval_mmvp.loading_hint("tiny-clip", f"{trained}/perceiver"),
     ]
     assert len(re.findall("latents: mean .*, standard deviation", said)) == 1
 
@@ -2804,7 +2804,7 @@ def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
     ("ViT-gopt-16-SigLIP2-256:webli", "timm/ViT-.*SigLIP2.* google/siglip2-so400m-patch14-384"),
 ])
 def test_the_calls_that_open_a_result_and_a_siglips_tokenizers_are_named(name, says):
-    calls, _, text = eval_mmvp.how_to_open(name, "runs/it").partition("; for text, add the ")
+    calls, _, text = eval_mmvp.loading_hint(name, "runs/it").partition("; for text, add the ")
     assert "open_clip.create_model_and_transforms('local-dir:runs/it/open_clip')" in calls
     assert "transformers.AutoModel.from_pretrained('runs/it/hf')" in calls
     assert re.search(says, text) if says else not text
@@ -3989,11 +3989,11 @@ def test_a_byte_order_mark_spaces_blank_rows_another_header_and_links_are_tolera
     eval_mmvp.check_benchmark(tmp_path)
 
 
-NO_PAIR = "starts no pair: a pair is an odd id and, in the next row, the next id of the same Type"
+NO_PAIR = "does not start a pair: a pair is an odd id and, in the next row, the next id"
 MUST_BE = "must be a number, a Type and a statement (in quotes if it has a comma), not "
 BAD_TABLES = [  # the rows below the header, and what is said
     ([], "Questions.csv is empty"),
-    (["\xff"], "Questions.csv not found, or no CSV file in UTF-8"),
+    (["\xff"], "Questions.csv not found, or not a CSV file in UTF-8"),
     (["2,Color,b", "3,Color,c"], f"row 2: id 2 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Color,b", "3,Color,c"], f"row 4: id 3 of Type Color {NO_PAIR}"),
     (["1,Color,a", "4,Color,d"], f"row 2: id 1 of Type Color {NO_PAIR}"),
@@ -4004,8 +4004,6 @@ BAD_TABLES = [  # the rows below the header, and what is said
     (["1,Color,"], f"row 2: {MUST_BE}1,Color,"),
     (["one,Color,a"], f"row 2: {MUST_BE}one,Color,a"),
     (["9" * 5000 + ",Color,a"], f"row 2: {MUST_BE}999"),
-    (["1,..,a", "2,..,b"], "row 2: the Type .. is no name of a folder"),
-    (["1,../Color,a", "2,../Color,b"], "row 2: the Type ../Color is no name of a folder"),
     (["1,Color,a", "2,Color,b", "5,Color,e", "6,Color,f"], "row 4: image not found"),
 ]
 
@@ -4027,7 +4025,6 @@ def test_an_image_that_cannot_be_decoded_or_found_is_one_line(tmp_path):
     ):
         (tmp_path / IMAGES / "Color" / "2.png").write_bytes(content)
         refused(eval_mmvp.check_benchmark, tmp_path, "cannot decode the image", "2.png", says)
-    refused(eval_mmvp.read_image, tmp_path, "(not a file)")  # nor is a pipe, which would hang
     shutil.rmtree(tmp_path / IMAGES)
     refused(eval_mmvp.check_benchmark, tmp_path, f"not found: {tmp_path}/{IMAGES}/Color/1.jpg")
 
@@ -4106,7 +4103,7 @@ def test_the_rows_of_patterns_average_accuracy_and_recall():
     before = {"folder accuracy": [1.0] * 8 + [0.0] * 2, "coco image recall@5": shares}
     after = {"folder accuracy": [1.0] * 3 + [0.0] * 7, "coco image recall@5": better}
     results = {"before": result_of(BEFORE, before), "after": result_of(AFTER, after)}
-    rows = eval_mmvp.summarize(results)
+    rows = eval_mmvp.make_rows(results)
     keys = ("name", "unit", "count", "change", "won", "lost", "p")
     assert [[row[key] for key in keys] for row in rows] == [
         ["Color", "pairs", 10, 40, 5, 1, 2 * 7 / 64],
@@ -4270,7 +4267,7 @@ def test_what_is_no_image_of_a_class_is_counted_once(tmp_path, tiny, capsys):
     assert ([label for _, label in dataset], names) == ([0] * 6 + [1], ["a", "b"])
     assert capsys.readouterr().err == ""  # while a model is evaluated
     eval_mmvp.check_zeroshot("folder", tmp_path)
-    says = f"{tmp_path}: files left out for their suffix: 3 (images are .jpg, .jpeg"
+    says = f"{tmp_path}: 3 files skipped, whose suffixes are not those of images (.jpg, .jpeg"
     assert capsys.readouterr().err.startswith(says)
 
 
@@ -4346,7 +4343,7 @@ def test_a_process_that_dies_while_decoding_is_one_line(tiny, classes, monkeypat
     monkeypatch.setattr(eval_mmvp, "MANY", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     images = eval_mmvp.ImageFiles([classes / "moon" / "1.jpg"], lambda image: os._exit(1))
-    says = "a process that decodes images died"
+    says = "an image decoding worker died"
     refused(lambda _: eval_mmvp.encode_images(tiny[0], images, 4), says, "--ipc=host")
 
 
@@ -4360,7 +4357,7 @@ LONG = [result_of({f"Structural{' and Physical' * 9}": 5000 * verdict}, SUN397) 
 TABLES = [  # what print_table gets, and patterns of what it prints
     (CHANGED[:1], r"^Color +10 +50.0 \[23.7-76.3\]$"),
     (CHANGED[:1], r"^zero-shot +images percent \[95 %\] *\na accuracy +16 100.0 \[80.6-100\]"),
-    (CHANGED[:1], r"^One pair is worth 5.00 to 12.50 % of the average.\nTo tell another model "),
+    (CHANGED[:1], r"^One pair is worth up to 12.50 % of the average.\nTo tell a difference "),
     (CHANGED, r"^Color +10 +50.0 \[23.7-76.3\] +90.0 \[59.6-98.2\] +\+40.0 +5 +1 0.219$"),
     (ALONE, r"^a accuracy +16 .* -100.0 +0 +16 3e-05$"),
     (CHANGED, r"^The average changed by \+20.0 \[\+?0.0, \+40.0\]. One pair"),
@@ -4372,7 +4369,8 @@ TABLES = [  # what print_table gets, and patterns of what it prints
 
 @pytest.mark.parametrize("results, pattern", TABLES)
 def test_the_table_says_in_100_columns(capsys, results, pattern):
-    eval_mmvp.print_table(*results)
+    keys = ("before", "after")[-len(results):]
+    eval_mmvp.print_table(dict(zip(keys, results, strict=True)))
     printed = capsys.readouterr().out
     assert re.search(pattern, printed, re.MULTILINE)
     assert max(len(line) for line in printed.splitlines()) <= 100
@@ -4430,7 +4428,7 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
         outputs.append([*capsys.readouterr(), *files])
     assert outputs[0] == outputs[1]
     printed, progress, _, _ = outputs[0]
-    assert "One pair is worth 3.70 to 5.56 %" in printed
+    assert "One pair is worth up to 5.56 %" in printed
     assert progress == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
@@ -4493,10 +4491,10 @@ def test_the_json_equals_the_protocol_pair_by_pair(
     assert frames(tmp_path / "out.png", won + lost) == [GREEN] * won + [RED] * lost
 
 
-def test_zeroshot_alone_needs_no_benchmark_and_says_so(comparison, tmp_path, capsys):
+def test_zeroshot_alone_needs_no_benchmark(comparison, tmp_path, capsys):
     eval_mmvp.main(comparison[:4])
     printed = capsys.readouterr()
-    assert printed.err == "no --benchmark: the zero-shot sets alone are evaluated\n"
+    assert printed.err == ""
     assert re.search(r"^folder accuracy +30 ", printed.out, re.M)
     assert "MMVP" not in printed.out
     content = json.loads((tmp_path / "out.json").read_text())
@@ -4513,7 +4511,7 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
         eval_mmvp.main(flags)
     assert stop.value.code == 2
     shown = capsys.readouterr()
-    says = f"eval_mmvp.py: cars was not measured: cannot decode the image {last} ("
+    says = f"eval_mmvp.py: cars was not evaluated: cannot decode the image {last} ("
     assert shown.err.startswith(says)
     assert shown.err.count("\n") == 1
     assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", shown.out, re.M)
@@ -4524,7 +4522,7 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
     monkeypatch.setattr(eval_mmvp, "MANY", 0)  # now a worker fails, and nothing else is measured
     alone = [*comparison[:2], comparison[3], f"--zeroshot=cars:{tmp_path}/cars"]
-    refused(lambda _: eval_mmvp.run(alone), "cars was not measured: cannot decode", last)
+    refused(lambda _: eval_mmvp.run(alone), "cars was not evaluated: cannot decode", last)
 
 
 DRAWN = os.path.join(HERE, "toy", "data")

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from eval_mmvp import (
     BACKBONES, IMAGE_FORMATS, IMAGE_SUFFIXES, OPEN_CLIP_WEIGHTS, TOY, check_benchmark,
     check_export, check_zeroshot, evaluate, export_hf, export_open_clip, find_backbone,
-    how_to_open, load_clip, make_tokenizer, print_table, raise_failures, summary,
+    load_clip, loading_hint, make_tokenizer, print_table, raise_failures, summary,
 )
 from genhancer import (
     Continuous, Discrete, Flux, FluxConfig, Parser, Perceiver, PerceiverConfig, UserError,
@@ -320,7 +320,7 @@ def prepare(s, evaluates):
         check_benchmark(s.benchmark)
         for task in s.zeroshot:
             check_zeroshot(*task.partition(":")[::2])
-        make_tokenizer(find_backbone(s.backbone, s.clip_weights).model)(["a photo"])
+        make_tokenizer(find_backbone(s.backbone, s.clip_weights)[0])(["a photo"])
 
 
 def train_stage(s, pretrained, device):
@@ -380,7 +380,7 @@ def train_stage(s, pretrained, device):
         print_bench(s, core, log, device)
         return
     write_result(s, model, s.result, pretrained.checksums)
-    result = s.result if s.stage == 1 else how_to_open(s.backbone, s.out)
+    result = s.result if s.stage == 1 else loading_hint(s.backbone, s.out)
     print_rank_0(f"stage {s.stage} is done ({log.undecodable} undecodable images): {result}")
 
 
@@ -473,7 +473,7 @@ def load_pretrained(s):
     if side % token:
         raise UserError(f"the images of {s.backbone} are {side} pixels wide, which is no multiple "
                         f"of a denoiser's token ({token}): choose another backbone or autoencoder")
-    check_export(s.backbone, clip)  # the result must fit into HuggingFace's format
+    check_export(s.backbone, clip)  # the result must fit into Hugging Face's format
     checksums = {"CLIP": checksum(clip.visual.state_dict()),
                  "autoencoder": checksum(autoencoder.state_dict())}
     initial = load_initial(s, checksums)
@@ -1216,7 +1216,7 @@ def evaluate_before_and_after(s, device):
     for key, weights in (("before", s.clip_weights), ("after", s.result)):
         clip, preprocess, tokenizer = load_clip(s.backbone, weights)
         results[key] = evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks)
-    print_table(*results.values())
+    print_table(results)
     summaries = {key: summary(result) for key, result in results.items()}
     write_json(os.path.join(s.out, "result.json"), summaries)
     raise_failures(results.values())
