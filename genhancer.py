@@ -84,14 +84,12 @@ class GenHancer(nn.Module):
                             f"{patches.shape[1]} patch tokens: give a higher one, or 0")
 
     def set_stage(self, stage, lora=True, freeze_denoiser=False):
-        """Choose what trains; call it once, on a new model. Raises ValueError for another stage.
+        """Choose what trains, once, in a new model; the autoencoder never does.
 
         stage 1:     projectors and denoiser; CLIP is frozen.
         stage 2:     LoRA on the visual tower (without `lora`, the whole tower, Fig. 8), projectors
                      and denoiser (these two are frozen with `freeze_denoiser`, Fig. 9).
         stage "e2e": as stage 2, from a fresh denoiser and projectors (Fig. 6).
-
-        The autoencoder is always frozen.
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
@@ -306,8 +304,7 @@ def to_unit_range(images):
 def sample_timesteps(n, scale=1.0, distribution="logit-normal", device=None):
     """n timesteps in (0, 1), float32: "logit-normal" (Eq. 6, 7) or "uniform" (Table 4).
 
-    A smaller scale concentrates the logit-normal around 0.5. Raises ValueError for any other
-    distribution.
+    A smaller scale concentrates the logit-normal around 0.5. ValueError for other distributions.
     """
     if distribution == "logit-normal":
         eps = torch.randn(n, device=device)
@@ -333,8 +330,8 @@ def rectified_flow_loss(denoiser, latents, context, vec, t, noise, context_ids=N
 
 
 def sample_masks(b, n, low, high, device=None):
-    """Masks over the n tokens of b images, (b, n) bool; each image's ratio is uniform in
-    [low, high], and exactly max(1, round(ratio * n)) of its tokens are masked."""
+    """Masks (b, n), bool: exactly max(1, round(ratio * n)) of an image's n tokens are masked; its
+    ratio is uniform in [low, high]."""
     ratio = low + (high - low) * torch.rand(b, 1, device=device)
     count = (ratio * n).round().clamp(min=1)
     place = torch.rand(b, n, device=device).argsort(dim=1)  # a permutation
@@ -916,12 +913,11 @@ def read_weights(path, what, hint=""):
         return tensors, {}
     try:
         seal = json.loads(about[SEAL])
-        whole = seal["crc32"] == checksum(tensors, seal["about"])
+        if seal["crc32"] == checksum(tensors, seal["about"]):
+            return tensors, seal["about"]
     except (ValueError, KeyError, TypeError):  # the entry itself is damaged
-        whole = False
-    if not whole:
-        raise UserError(f"{what}: {path} is damaged (its checksum does not match){advice}")
-    return tensors, seal["about"]
+        pass
+    raise UserError(f"{what}: {path} is damaged (its checksum does not match){advice}")
 
 
 # Harmless types that checkpoints hold beside the weights. Of NumPy's dtypes only those of numbers:
@@ -933,15 +929,15 @@ INERT.append((object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 def read_pickle(path, what):
-    """What torch.save wrote, by name: nested dictionaries are one, with dotted names.
+    """A file of torch.save as one dictionary with dotted names, whatever its nesting.
 
-    Nothing that the file may carry is run: torch's restricted unpickler makes tensors and INERT.
+    No code in the file is executed: torch's restricted unpickler creates tensors and INERT types.
     """
     if not os.path.isfile(path):
         raise UserError(f"{what} not found at '{path}' (not a file)")
     try:
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused
+            warnings.simplefilter("ignore")  # about TorchScript archives, which are refused
             content = torch.load(path, map_location="cpu", weights_only=True)
         values = flatten(content) if isinstance(content, dict) else {}
     except Exception as error:  # a broken or malicious pickle can raise anything
@@ -955,7 +951,7 @@ def read_pickle(path, what):
 
 
 def flatten(content, prefix=""):
-    """A dictionary of dictionaries as one: {"a": {"b": 1}} is {"a.b": 1}."""
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
     values = {}
     for key, value in content.items():
         if isinstance(value, dict):
@@ -966,10 +962,10 @@ def flatten(content, prefix=""):
 
 
 def find_model(values, pattern, path, what):
-    """Of a file's values, by name, those of one model, and the model's own name that `pattern` is.
+    """The values of the one model in a file, {name: value}, and its own name that is the `pattern`.
 
-    They share the prefix that stands before that name, and lose it. If no name ends in the pattern,
-    all values are returned, and "". UserError if several do.
+    With the pattern "a", {"model.a": 1, "model.b": 2, "step": 3} gives {"a": 1, "b": 2} and "a".
+    If no name ends in the pattern, all values and "". UserError if several do.
     """
     matches = [re.fullmatch(rf"((?:.*?\.)??)({pattern})", name) for name in values]
     found = [match for match in matches if match]
@@ -980,8 +976,8 @@ def find_model(values, pattern, path, what):
     outside = [value for key, value in values.items() if not key.startswith(prefix)]
     elsewhere = sum(isinstance(value, torch.Tensor) for value in outside)
     if elsewhere:
-        print(f"{what}: {path} holds the model behind {prefix!r}; {elsewhere} tensors elsewhere "
-              "are left out", file=sys.stderr)
+        print(f"{what}: {path} holds the model under {prefix!r}; {elsewhere} other tensors are "
+              "ignored", file=sys.stderr)
     inside = {key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)}
     return inside, name
 

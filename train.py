@@ -46,6 +46,7 @@ from eval_mmvp import (
     BACKBONES, IMAGE_FORMATS, IMAGE_SUFFIXES, OPEN_CLIP_WEIGHTS, TOY, check_benchmark,
     check_export, check_zeroshot, evaluate, export_hf, export_open_clip, find_backbone,
     load_clip, loading_hint, make_tokenizer, print_table, raise_failures, summary,
+    zeroshot_task,
 )
 from genhancer import (
     Continuous, Discrete, Flux, FluxConfig, Parser, Perceiver, PerceiverConfig, UserError,
@@ -103,11 +104,10 @@ def add_run_options(add):
     add("--vae", default="weights/ae.safetensors", help="rf: FLUX.1's ae.safetensors")
     add("--vqgan", default="weights/vqgan_imagenet_f16_16384.safetensors",
         help="perceiver: taming's VQ-GAN, converted by vqgan.py")
-    add("--data", default=["data/cc3m"], nargs="+",
-        help="training images: folders of images, tar shards, or folders of tar shards")
+    add("--data", default=["data/cc3m"], nargs="+", help="folders of images or shards, or shards")
     add("--val", default=[], nargs="+", help="held-out images, of which the first 512 are used")
     add("--benchmark", default="data/MMVP_VLM", help="stage all: MMVP-VLM's folder")
-    add("--zeroshot", default=[], nargs="*", metavar="NAME:PATH", help="stage all: retention tasks")
+    add("--zeroshot", default=[], nargs="*", type=zeroshot_task, help="stage all: NAME:PATH")
     add("--out", help="run directory")
     add("--init", help="stage 1, e2e: a denoiser with FLUX's names (Table 7); stage 2: another "
                        "run's stage1/last.safetensors")
@@ -147,8 +147,7 @@ def add_method_options(add):
     add("--scale", default=1.0, type=POSITIVE, help="rf: s of the logit-normal (Eq. 6, Table 4)")
     add("--mask-ratio", default=[0.5, 0.9], type=number(float, sys.float_info.min, 1), nargs=2,
         metavar=("LOW", "HIGH"), help="perceiver: share of masked tokens (Table 8)")
-    add("--local-ratio", default=0.0, type=number(float, 0, 1),
-        help="share of local tokens in the condition (Fig. 5)")
+    add("--local-ratio", default=0.0, type=number(float, 0, 1), help="of local tokens (Fig. 5)")
     add("--no-lora", action="store_true", help="train the whole visual tower (Fig. 8)")
     add("--freeze-denoiser", action="store_true", help="stage 2: train LoRA alone (Fig. 9)")
     add("--shuffle-target", action="store_true", help="control: [CLS] of another image")
@@ -164,8 +163,8 @@ DEFAULTS = [  # (choices, the defaults under them); later ones override earlier 
     ({"preset": "toy"}, dict(  # tuned on the toy's dev benchmark
         backbone="toy", vae=f"{TOY}/vae.safetensors", vqgan=f"{TOY}/vqgan.safetensors",
         data=[f"{TOY}/data/train"], val=[f"{TOY}/data/val"], benchmark=f"{TOY}/data/mmvp",
-        zeroshot=[f"folder:{TOY}/data/zeroshot"], width=128, condition=[256, 256], depth=[1, 2],
-        layers=4, batch_size=64, accum=1, workers=0, save_every=200, log_every=10)),
+        zeroshot=[("folder", f"{TOY}/data/zeroshot")], width=128, condition=[256, 256],
+        depth=[1, 2], layers=4, batch_size=64, accum=1, workers=0, save_every=200, log_every=10)),
     ({"preset": "toy", "stage": 1}, dict(steps=250, lr=2e-3)),
     ({"preset": "toy", "stage": 2}, dict(steps=130, lr=1e-3, lr_clip=4e-4)),
     ({"preset": "toy", "stage": "e2e"}, dict(steps=380, lr=2e-3, lr_clip=4e-4)),
@@ -318,8 +317,8 @@ def prepare(s, evaluates):
                 make_index(paths, index_path(s, kind))
     if evaluates:
         check_benchmark(s.benchmark)
-        for task in s.zeroshot:
-            check_zeroshot(*task.partition(":")[::2])
+        for name, path in s.zeroshot:
+            check_zeroshot(name, path)
         make_tokenizer(find_backbone(s.backbone, s.clip_weights)[0])(["a photo"])
 
 
@@ -542,25 +541,16 @@ def set_grad_checkpointing(core, enable):
 
 
 def flux_config(s, autoencoder):
-    return FluxConfig(
-        in_channels=autoencoder.config.z_channels * Continuous.token_side**2,
-        vec_in_dim=s.condition[0],
-        context_in_dim=s.condition[1],
-        hidden_size=s.width,
-        num_heads=s.width // 128,
-        depth=s.depth[0],
-        depth_single_blocks=s.depth[1],
-    )
+    vec, context = s.condition
+    double, single = s.depth
+    channels = autoencoder.config.z_channels * Continuous.token_side**2
+    return FluxConfig(in_channels=channels, vec_in_dim=vec, context_in_dim=context,
+                      hidden_size=s.width, num_heads=s.width // 128,
+                      depth=double, depth_single_blocks=single)
 
 
 def perceiver_config(s, codebook):
-    return PerceiverConfig(
-        n_embed=codebook.shape[0],
-        embed_dim=codebook.shape[1],
-        width=s.width,
-        num_heads=s.width // 64,
-        layers=s.layers,
-    )
+    return PerceiverConfig(*codebook.shape, s.width, num_heads=s.width // 64, layers=s.layers)
 
 
 def make_optimizer(s, core):
@@ -1211,11 +1201,10 @@ def build_enhanced_clip(s, weights):
 def evaluate_before_and_after(s, device):
     """The benchmark and the retention tasks with the original CLIP and with the result: a table,
     and result.json."""
-    tasks = [task.partition(":")[::2] for task in s.zeroshot]
     results = {}
     for key, weights in (("before", s.clip_weights), ("after", s.result)):
         clip, preprocess, tokenizer = load_clip(s.backbone, weights)
-        results[key] = evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, tasks)
+        results[key] = evaluate(clip.to(device), preprocess, tokenizer, s.benchmark, s.zeroshot)
     print_table(results)
     summaries = {key: summary(result) for key, result in results.items()}
     write_json(os.path.join(s.out, "result.json"), summaries)
@@ -1239,10 +1228,10 @@ def print_bench(s, core, log, device):
         core(images)[0].mean().backward()
     tflops = counter.get_total_flops() * s.accum * steps_per_s / 1e12
     name = device_name(device)
-    peaks = [peak for known, peak in PEAK_TFLOPS.items() if known in name]
     mfu = f"no peak known for {name}"
-    if peaks:
-        mfu = f"{100 * tflops / peaks[0]:.1f} % of {peaks[0]} in bf16"
+    for gpu, peak in PEAK_TFLOPS.items():
+        if gpu in name:
+            mfu = f"{100 * tflops / peak:.1f} % of {peak} in bf16"
     print_rank_0(f"s / 100 iterations   {100 / steps_per_s:.2f}")
     print_rank_0(f"images / s           {speed:.4g}")
     print_rank_0(f"peak memory          {memory:.2f} GB")
@@ -1313,8 +1302,7 @@ def lock_run_directory(s):
         yield
         return
     import fcntl  # not on Windows
-    others = ["stage1", "stage2"] if s.stage == "e2e" else ["e2e"]
-    for name in others:
+    for name in ["stage1", "stage2"] if s.stage == "e2e" else ["e2e"]:
         if os.path.exists(os.path.join(s.out, name, "settings.json")):
             raise UserError(f"--out {s.out} holds another run ({name}): choose another directory")
     try:
