@@ -138,9 +138,11 @@ def imports_are_no_garbage():
 
 
 @pytest.fixture(autouse=True)
-def same_draws():
-    """Every test draws the same, alone or after others."""
+def same_everywhere(monkeypatch):
+    """Every test draws the same, alone or after others, and leaves a GPU to those processes that
+    it starts."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
@@ -175,12 +177,6 @@ def register(folder):
     for name in TINY:
         open_clip.add_model_config(os.path.join(folder, f"{name}.json"))
     os.environ["TINY_WORLD"] = str(folder)  # for processes that are not forked
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """This process leaves a GPU alone: only what a test starts in another one looks for it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @torch.no_grad()
@@ -278,7 +274,7 @@ def tiny_model(world, kind="rf", clip="tiny-clip", **options):
     return copy.deepcopy(built_model(world, kind, clip, tuple(options.items())))
 
 
-@lru_cache
+@lru_cache  # making it takes longer than most tests
 def built_model(world, kind, clip, options):
     visual = load_clip(clip, str(world / f"{clip}.safetensors"))[0].visual
     options = dict(options)
@@ -299,18 +295,6 @@ def built_model(world, kind, clip, options):
     config = gh.PerceiverConfig(n_embed=64, embed_dim=8, width=32, num_heads=2, layers=2)
     denoiser = gh.Perceiver(config, vqgan.quantize.embedding.weight)
     return gh.Discrete(visual, vqgan, denoiser, **options)
-
-
-# Loading and initialising take longer than most tests: each is done once, and copied.
-
-
-def load_visual(world, name):
-    return copy.deepcopy(loaded_visual(world, name))
-
-
-@lru_cache
-def loaded_visual(world, name):
-    return load_clip(name, str(world / f"{name}.safetensors"))[0].visual
 
 
 def forget(end):
@@ -357,21 +341,29 @@ def test_the_nearest_code_is_found_in_float32_under_autocast():
         assert torch.equal(quantizer(z).flatten(), distances.argmin(1))
 
 
-@pytest.mark.parametrize("name, make", [
-    ("flux_ae", lambda: AutoEncoder(AutoEncoderConfig())),
-    ("vqgan_f16_1024", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=1024))),
-    ("vqgan_f16_16384", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig())),
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name, make, parameters", [
+    ("flux_ae", lambda: AutoEncoder(AutoEncoderConfig()), 83_819_683),
+    ("vqgan_f16_1024", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=1024)), 72_141_699),
+    ("vqgan_f16_16384", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig()), 76_073_859),
+    ("flux_2_4", lambda: gh.Flux(gh.FluxConfig()), 1_310_154_816),  # the paper's 1.31B
+    (None, lambda: gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38)), 11_901_408_320),
+    # The two projectors of a [CLS] of 768, as the official code has them.
+    (None, lambda: nn.ModuleList(gh.Projector(768, width) for width in (768, 4096)), 21_115_392),
 ])
-def test_the_full_size_autoencoders_are_the_published_ones(name, make):
-    with open(os.path.join(GOLDEN, f"keys_{name}.json")) as file:
-        published = json.load(file)
+def test_full_size_modules_are_the_published_ones(name, make, parameters):
     with torch.device("meta"):
         module = make()
-    shapes = {key: list(value.shape) for key, value in module.state_dict().items()}
-    assert shapes == published["shapes"]
-    assert count_parameters(module) == published["parameters"]
+    assert count_parameters(module) == parameters
+    if name:
+        with open(os.path.join(GOLDEN, f"keys_{name}.json")) as file:
+            shapes = json.load(file)["shapes"]
+        assert {key: list(value.shape) for key, value in module.state_dict().items()} == shapes
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
-    assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-6)}  # as in both codes
+    assert all((norm.num_groups, norm.eps) == (32, 1e-6) for norm in norms)  # as in both codes
 
 
 # ------------------------------------------------------------------ the autoencoders' files
@@ -492,7 +484,9 @@ def checkpoint(state, tmp_path):
     return tmp_path / "last.ckpt"
 
 
-def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp_path, monkeypatch):
+def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(
+    state, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     state[BIAS] = torch.ones(1).expand(32)
     state[BLOCK] = nn.Parameter(state[BLOCK])
@@ -502,33 +496,18 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp
     loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
     lightning = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": lightning})
-    content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
+    content = {"state_dict": {**loss, **state}, "unet": torch.ones(1), "callbacks": {callback: {}}}
     with monkeypatch.context() as patch:  # Lightning is there when it is saved
         for name in ("pytorch_lightning", lightning):
             patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
         torch.save(content, "last.ckpt")
     vqgan_file.run(["last.ckpt", "it.safetensors"])
+    assert "behind 'state_dict.'; 1 tensors elsewhere are left out" in capsys.readouterr().err
     converted = load_file("it.safetensors")
     assert converted.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(converted[name], value.float())
     vqgan_file.load_vqgan("it.safetensors")
-
-
-def test_a_vqgan_is_found_inside_any_checkpoint(state, tmp_path, capsys):
-    content = {"unet": torch.ones(1), "ema": {"first_stage": {"model": state}}}
-    torch.save(content, tmp_path / "it")
-    convert(tmp_path / "it")
-    assert load_file(tmp_path / "it.out").keys() == state.keys()
-    said = "it holds the model behind 'ema.first_stage.model.'; 1 tensors elsewhere are left out\n"
-    assert capsys.readouterr().err.endswith(said)
-
-
-def test_a_dictionary_within_itself_is_one_line(tmp_path):
-    content = {}
-    content["it"] = content
-    torch.save(content, tmp_path / "it")
-    refused(convert, tmp_path / "it", "cannot be read safely (RecursionError)")
 
 
 @pytest.mark.parametrize("value", [
@@ -542,12 +521,16 @@ def test_a_value_that_is_no_ordinary_tensor_is_refused_by_name(state, tmp_path, 
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+WITHIN_ITSELF = {}
+WITHIN_ITSELF["it"] = WITHIN_ITSELF
+
+
 @pytest.mark.parametrize("content, says", [
     ([1, 2], "no state dict"),
     ({"state_dict": [1, 2]}, "must be [512], not absent"),
-    ({"state_dict": {1: torch.ones(1)}}, "must be [512], not absent"),
     ({"state_dict": {}}, "no state dict"),
     ({"a": {CODES: 0}, "b": {CODES: 0}}, f"several models (a.{CODES} and b.{CODES})"),
+    (WITHIN_ITSELF, "cannot be read safely (RecursionError)"),
 ])
 def test_a_checkpoint_of_anything_else_is_refused(tmp_path, content, says):
     torch.save(content, tmp_path / "it")
@@ -794,35 +777,41 @@ def encode_as(model, codes):
 
 
 def test_rectified_flow_from_images_to_loss(world):
+    """x_t = (1 - t) x + t eps, and the loss is the mean of (v - (eps - x))^2."""
     model = tiny_model(world)
     latents, images = torch.randn(16, 4, 8, 8), torch.rand(16, 3, 32, 32)
+    velocity = torch.randn(16, 4, 8, 8)
     given = encode_as(model, latents)
-    model.denoiser = Fake(lambda x, *_: torch.zeros_like(x), model.denoiser.config)
+    condition = {"context": "context", "vec": "vec", "context_ids": "ids"}
+    model.condition = lambda _: condition
+    model.denoiser = Fake(lambda *_: velocity, model.denoiser.config)
     losses, levels = model(images)
-    noisy, t, context, vec, _ = model.denoiser.calls[0]
+    noisy, t, context, vec, others = model.denoiser.calls[0]
+    assert {"context": context, "vec": vec, **others} == condition
     time = t.view(-1, 1, 1, 1)
     noise = (noisy - (1 - time) * latents) / time
     assert_close(given[0], 2 * images - 1, 1e-6)
     assert_uniform(torch.special.ndtr(noise.flatten()))
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
-    assert_close(losses, (noise - latents).square().mean((1, 2, 3)), 1e-3)
+    assert_close(losses, (velocity - (noise - latents)).square().mean((1, 2, 3)), 1e-3)
     assert torch.equal(levels, t)
     assert len(levels.unique()) == 16
 
 
 def test_masked_tokens_from_images_to_loss(world):
+    """Each image's loss is its mean over its masked tokens, in float32."""
     model = tiny_model(world, "perceiver")
     indices, images = torch.randint(64, (3, 16, 16)), torch.rand(3, 3, 32, 32)
     given = encode_as(model, indices)
-    table = torch.randn(3, 256, 64)
+    table = torch.randn(3, 256, 64).bfloat16()
     model.denoiser = Fake(lambda *_: table)
     losses, levels = model(images)
     tokens, mask, _, _ = model.denoiser.calls[0]
     assert_close(given[0], 2 * images - 1, 1e-6)
     assert torch.equal(tokens, indices.view(3, 256))  # row by row
-    surprise = F.cross_entropy(table[mask], tokens[mask], reduction="none")
-    of_images = surprise.split(mask.sum(1).tolist())
-    assert losses.tolist() == pytest.approx([part.mean().item() for part in of_images])
+    surprise = F.cross_entropy(table[mask].double(), tokens[mask], reduction="none")
+    by_hand = [part.mean().item() for part in surprise.split(mask.sum(1).tolist())]
+    assert losses.tolist() == pytest.approx(by_hand, rel=1e-5)
     assert torch.equal(levels, mask.sum(1) / 256)
     assert len(levels.unique()) == 3
 
@@ -841,7 +830,8 @@ def test_losses_times_and_images_are_float32_under_autocast(world):
             dtypes += [tensor.dtype for tensor in either(torch.rand(2, 3, 32, 32))]
     half = torch.zeros(4, dtype=torch.bfloat16)
     dtypes += [gh.to_unit_range(half).dtype, gh.timestep_embedding(half).dtype]
-    assert dtypes == 10 * [torch.float32]
+    dtypes += [gh.RMSNorm(4).bfloat16()(half).dtype]
+    assert dtypes == 11 * [torch.float32]
 
 
 def test_the_levels_are_distributed_as_asked_for(world):
@@ -932,7 +922,7 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
 
 @both_families
 def test_features_are_the_towers_and_patch_tokens_its_last_layers_after_its_norm(world, clip):
-    visual = load_visual(world, clip)
+    visual = tiny_model(world, clip=clip).visual
     if clip == "tiny-clip":
         block, norm, class_tokens = visual.transformer.resblocks[-1], visual.ln_post, 1
     else:
@@ -1146,23 +1136,6 @@ def test_reconstructions_are_images_and_take_no_part_in_training(world, kind):
 # ------------------------------------------------------------------ the equations
 
 
-def masked_example(logits_of):
-    """Three images of ten tokens, from seven codes, of which 1, 5 and 7 are masked: the losses."""
-    indices = torch.randint(7, (3, 10))
-    mask = torch.arange(10) < torch.tensor([[1], [5], [7]])
-    logits = logits_of(indices)
-    return gh.masked_token_loss(logits, indices, mask), logits, indices, mask
-
-
-def flow_loss(velocity, data, noise, t=0.5):
-    """The flow loss of an image whose predicted velocity is known, and the inputs of that."""
-    tensors = [torch.as_tensor(x).view(1, -1, 1, 1) for x in (velocity, data, noise)]
-    denoiser = Fake(lambda *_: tensors[0])
-    t = torch.tensor([t])
-    loss = gh.rectified_flow_loss(denoiser, tensors[1], "context", "vec", t, tensors[2], "ids")
-    return loss, denoiser.calls[0]
-
-
 def mask_counts(ratio, n):
     return gh.sample_masks(3, n, ratio, ratio).sum(1)
 
@@ -1172,20 +1145,10 @@ SMALL = torch.tensor([1e-3, -1e-3])  # its mean square is FLUX's epsilon, 1e-6
 POSITION = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
 POSITION += [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
 BY_HAND = {
-    "x_t = (1 - t) x + t eps": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][0], [4.0]),
-    "x_t at t = 0 is the data": (lambda: flow_loss(0.0, 2.0, 10.0, 0.0)[1][0], [2.0]),
-    "the denoiser is given t": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][1], [0.25]),
-    "(v - (eps - x))^2 = 0": (lambda: flow_loss(8.0, 2.0, 10.0)[0], [0.0]),
-    "(v - (eps - x))^2": (lambda: flow_loss(5.0, 2.0, 10.0)[0], [9.0]),
-    "the loss is a mean": (lambda: flow_loss([5.0, 8.0], [2.0, 2.0], [10.0, 10.0])[0], [4.5]),
     "a mask hides the rounded share": (lambda: mask_counts(0.75, 25), 3 * [19]),
     "a mask hides at least one": (lambda: mask_counts(0.01, 9), 3 * [1]),
     "a mask of none hides one": (lambda: mask_counts(0.0, 9), 3 * [1]),
     "a mask hides all": (lambda: mask_counts(1, 9), 3 * [9]),
-    "knowing nothing": (
-        lambda: masked_example(lambda _: torch.zeros(3, 10, 7))[0], 3 * [math.log(7)],
-    ),
-    "knowing all": (lambda: masked_example(lambda s: 100.0 * F.one_hot(s, 7))[0], 3 * [0.0]),
     "images": (lambda: gh.to_unit_range(torch.tensor([-3, -1, 0, 1, 3])), [0, 0, 0.5, 1, 1]),
     "images in float32": (lambda: gh.to_unit_range(2**-8 * ONE), [0.501953125]),
     "1000 t": (
@@ -1206,18 +1169,6 @@ BY_HAND = {
 def test_equations_by_hand(what):
     compute, expected = BY_HAND[what]
     assert compute().flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_the_flow_loss_hands_the_condition_on():
-    *_, context, vec, others = flow_loss(0.0, 2.0, 10.0)[1]
-    assert (context, vec, others) == ("context", "vec", {"context_ids": "ids"})
-
-
-def test_the_masked_loss_is_each_images_mean_over_its_masked_tokens_in_float32():
-    losses, logits, indices, mask = masked_example(lambda _: torch.randn(3, 10, 7).bfloat16())
-    surprise = -logits[mask].double().log_softmax(-1)
-    by_hand = surprise.gather(1, indices[mask][:, None])[:, 0].split([1, 5, 7])
-    assert losses.tolist() == pytest.approx([part.mean().item() for part in by_hand], rel=1e-5)
 
 
 def assert_uniform(values):
@@ -1286,7 +1237,7 @@ def loras_of(visual):
 
 def with_lora(world, name):
     """A visual tower in eval mode whose adapters, of rank 2 and alpha 6, do something."""
-    visual = load_visual(world, name)
+    visual = tiny_model(world, clip=name).visual
     gh.inject_lora(visual, rank=2, alpha=6)
     for lora in loras_of(visual):
         nn.init.normal_(lora.lora_B, std=0.1)
@@ -1302,7 +1253,7 @@ def layout(module):
 @pytest.mark.parametrize("clip, matrices", [("tiny-clip", 2 * 6 + 1), ("tiny-siglip", 2 * 6 + 6)])
 def test_lora_is_on_every_matrix_as_the_paper_sets_it_and_trains_alone(world, clip, matrices):
     """App. B: rank 16, alpha 16, dropout 0.1. A and B start as in the code of Hu et al."""
-    visual = load_visual(world, clip).requires_grad_(True)
+    visual = tiny_model(world, clip=clip).visual.requires_grad_(True)
     assert gh.inject_lora(visual) == matrices
     assert sum(lora.parts for lora in loras_of(visual)) == matrices
     for lora in loras_of(visual):
@@ -1316,21 +1267,9 @@ def test_lora_is_on_every_matrix_as_the_paper_sets_it_and_trains_alone(world, cl
 
 @both_families
 @torch.no_grad()
-def test_before_training_lora_keeps_the_features_and_the_mode(world, clip):
-    x = torch.randn(2, 3, 32, 32)
-    for mode in (True, False):
-        visual = load_visual(world, clip).train(mode)
-        before = visual(x)
-        gh.inject_lora(visual)
-        assert {module.training for module in visual.modules()} == {mode}
-        assert_close(visual(x), before, 1e-5)
-
-
-@both_families
-@torch.no_grad()
 def test_lora_equals_its_definition_and_merges_into_the_matrices_alone(world, clip):
     """Each matrix W becomes W + alpha / rank B A, as each of several that are packed does."""
-    visual, original = with_lora(world, clip), load_visual(world, clip)
+    visual, original = with_lora(world, clip), tiny_model(world, clip=clip).visual
     x = torch.randn(2, 3, 32, 32)
     adapted = visual(x)
     assert_close(gh.encode_with_patches(visual, x)[0], adapted, 1e-6)
@@ -1359,16 +1298,6 @@ def test_lora_on_attention_keeps_its_mask():
     x = torch.randn(2, 5, 8)
     later = torch.full((5, 5), -torch.inf).triu(1)
     assert_close(lora(x, attn_mask=later)[0], original(x, x, x, attn_mask=later)[0], 1e-5)
-
-
-@both_families
-def test_every_adapter_gets_a_gradient(world, clip):
-    visual = with_lora(world, clip).train()
-    visual(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    for lora in loras_of(visual):
-        # Packed matrices, as q, k and v, have an adapter each.
-        for gradient in (*lora.lora_A.grad.split(2), *lora.lora_B.grad):
-            assert gradient.any()
 
 
 @torch.no_grad()
@@ -1420,13 +1349,6 @@ def test_rotary_positions_turn_complex_numbers():
     assert_close(gh.rotate(x, cos[0, 0], sin[0, 0]), torch.view_as_real(turned).flatten(1), 1e-5)
 
 
-def test_queries_and_keys_are_normalised_in_float32():
-    x = torch.randn(3, 8).bfloat16()
-    normed = gh.RMSNorm(8).bfloat16()(x)
-    assert normed.dtype == torch.float32
-    assert_close(normed, math.sqrt(8) * F.normalize(x.float(), dim=-1), 1e-5)
-
-
 def test_the_defaults_are_the_published_ones(world):
     published = [  # what no count of parameters shows
         (gh.FluxConfig(), {"num_heads": 24, "axes_dim": (16, 56, 56), "theta": 10_000}),  # dev's
@@ -1438,29 +1360,6 @@ def test_the_defaults_are_the_published_ones(world):
     ]
     for holder, values in published:
         assert {name: getattr(holder, name) for name in values} == values
-
-
-def test_flux_has_the_published_layout():
-    with open(os.path.join(GOLDEN, "keys_flux_2_4.json")) as file:
-        published = json.load(file)
-    with torch.device("meta"):
-        tensors = gh.Flux(gh.FluxConfig()).state_dict().items()
-    assert {name: list(tensor.shape) for name, tensor in tensors} == published["shapes"]
-
-
-def count_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("module, parameters", [
-    (lambda: gh.Flux(gh.FluxConfig()), 1_310_154_816),  # the paper's 1.31B
-    (lambda: gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38)), 11_901_408_320),  # FLUX.1
-    # The two projectors of a [CLS] of 768, as the official code has them.
-    (lambda: nn.ModuleList(gh.Projector(768, width) for width in (768, 4096)), 21_115_392),
-])
-def test_modules_have_their_published_size(module, parameters):
-    with torch.device("meta"):
-        assert count_parameters(module()) == parameters
 
 
 # ------------------------------------------------------------------ the discrete denoiser
@@ -2188,7 +2087,7 @@ def test_what_a_folder_says_or_is_silent_about_is_compared(
                 load_clip(name, weights)
                 assert f"{line}, which is close" in capsys.readouterr().err
             else:
-                refused(lambda path: load_clip(name, path), weights, f"{line}: choose another")
+                refused(lambda _: load_clip(name, weights), f"{line}: choose another")
             section[key] = "other"
         section[key] = own
 
