@@ -48,7 +48,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -81,29 +81,12 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-TINY_SIGLIP = {
-    "embed_dim": 48,
-    "init_logit_bias": -10,
-    "custom_text": True,
-    "vision_cfg": {
-        "image_size": 32,
-        "timm_model_name": "tiny_siglip_tower",
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": "none",
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 320,
-        "width": 48,
-        "heads": 4,
-        "layers": 2,
-        "no_causal_mask": True,
-        "proj_bias": True,
-        "pool_type": "last",
-        "norm_kwargs": {"eps": 1e-6},
-    },
-}
+TINY_SIGLIP = open_clip.get_model_config("ViT-B-16-SigLIP") | {"embed_dim": 48}
+TINY_SIGLIP["vision_cfg"] |= {"image_size": 32, "timm_model_name": "tiny_siglip_tower"}
+TINY_SIGLIP["text_cfg"] |= {"context_length": 16, "vocab_size": 320}
+TINY_SIGLIP["text_cfg"] |= {"width": 48, "heads": 4, "layers": 2}
+for download in ("hf_tokenizer_name", "tokenizer_kwargs"):
+    del TINY_SIGLIP["text_cfg"][download]
 TINY = {"tiny-clip": TINY_CLIP, "tiny-siglip": TINY_SIGLIP}
 TINY_VAE = AutoEncoderConfig(
     ch=32,
@@ -208,8 +191,7 @@ def write_shard(path, images):
 
 
 def golden(name):
-    with safe_open(os.path.join(GOLDEN, f"{name}.safetensors"), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return load_file(os.path.join(GOLDEN, f"{name}.safetensors"))
 
 
 @torch.no_grad()
@@ -238,13 +220,9 @@ def refused(call, subject, *words):
     """call(subject) ends in a UserError: one line, which names the subject and says the words."""
     with pytest.raises(UserError) as error:
         call(subject)
-    assert_one_line(error, subject, *words)
-
-
-def assert_one_line(error, *words):
     message = str(error.value)
     assert "\n" not in message
-    for word in words:
+    for word in (subject, *words):
         assert str(word) in message, message
 
 
@@ -501,8 +479,12 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(
         for name in ("pytorch_lightning", lightning):
             patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
         torch.save(content, "last.ckpt")
-    vqgan_file.run(["last.ckpt", "it.safetensors"])
-    assert "behind 'state_dict.'; 1 tensors elsewhere are left out" in capsys.readouterr().err
+    out = os.fsdecode(b"a\x1b[31m\n\xff.safetensors")
+    vqgan_file.run(["last.ckpt", out])
+    said = capsys.readouterr()
+    assert "behind 'state_dict.'; 1 tensors elsewhere are left out" in said.err
+    assert said.out.count("\n") == 1 and said.out[:-1].isprintable()
+    os.rename(out, "it.safetensors")
     converted = load_file("it.safetensors")
     assert converted.keys() == state.keys()
     for name, value in state.items():
@@ -573,12 +555,6 @@ def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path, name):
     assert target.read_bytes() == content
 
 
-def test_the_converter_prints_no_raw_name(checkpoint, tmp_path, capsys):
-    vqgan_file.convert(checkpoint, tmp_path / os.fsdecode(b"a\x1b[31m\n\xff.safetensors"))
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out[:-1].isprintable()
-
-
 # ------------------------------------------------------------------ reading and writing files
 
 
@@ -591,22 +567,17 @@ def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
     assert module.weight.item() == module.bias.item() == 1
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o077])
-def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
-    before = os.umask(umask)
-    try:
+def test_files_get_the_permissions_that_the_umask_gives_if_there_are_any(tmp_path, monkeypatch):
+    for umask in (0o002, 0o077):
+        before = os.umask(umask)
         gh.write_weights(tmp_path / "it.safetensors", {"a": torch.zeros(1)})
-        gh.write_json(tmp_path / "it.json", {"a": 1})
-    finally:
+        gh.write_json(tmp_path / "it.json", {"a": umask})
         os.umask(before)
-    for file in tmp_path.iterdir():
-        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def test_a_file_system_without_permissions_is_written_to(tmp_path, monkeypatch):
+        for file in tmp_path.iterdir():
+            assert file.stat().st_mode & 0o777 == 0o666 & ~umask
     monkeypatch.setattr(os, "chmod", fails(PermissionError(1, "Operation not permitted")))
-    gh.write_json(tmp_path / "it.json", {"a": 1})
-    assert json.loads((tmp_path / "it.json").read_text()) == {"a": 1}
+    gh.write_json(tmp_path / "it.json", "new")
+    assert json.loads((tmp_path / "it.json").read_text()) == "new"
 
 
 def test_what_is_not_synced_is_not_moved_into_place_and_leaves_nothing(tmp_path, monkeypatch):
@@ -681,10 +652,6 @@ def test_a_mistake_in_a_data_worker_is_one_line(capsys):
     assert command(capsys, lambda argv: list(loader)) == (2, "it.py: it is cut\n")
 
 
-def test_a_wrong_usage_of_the_converter_is_one_line():
-    refused(lambda _: vqgan_file.run(["last.ckpt"]), "OUT.safetensors", "--help lists all options")
-
-
 # ------------------------------------------------------------------ what trains, what is returned
 
 EITHER = (False, True)
@@ -716,11 +683,6 @@ def test_a_stage_trains_what_it_says_and_that_alone_is_in_training_mode(
             for name, part in model.named_children():
                 expected = mode is not False and name in parts
                 assert {module.training for module in part.modules()} == {expected}, name
-
-
-def test_the_state_is_that_of_the_four_parts(world):
-    names = {name.split(".")[0] for name in tiny_model(world).state_dict()}
-    assert names == {"visual", "autoencoder", "denoiser", "projectors"}
 
 
 def inputs_of(module):
@@ -858,10 +820,6 @@ def test_an_images_loss_is_its_own(world, kind):
     assert (beside_others[1:] - losses[1:]).abs().min() > 1e-4
 
 
-# OpenAI's preprocessing, as its repository and its hub's preprocessor_config.json have it.
-OPENAI_MEAN_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-
-
 @both_denoisers
 @pytest.mark.parametrize("control", [False, True])
 def test_the_tower_is_given_images_or_controls_less_clips_mean_over_its_std(world, kind, control):
@@ -869,7 +827,8 @@ def test_the_tower_is_given_images_or_controls_less_clips_mean_over_its_std(worl
     images, others = torch.rand(2, 2, 3, 32, 32)
     calls = inputs_of(model.visual)
     model(images, others) if control else model(images)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in OPENAI_MEAN_STD)
+    openais = PROCESSORS["tiny-clip"]
+    mean, std = [torch.tensor(openais[key]).view(3, 1, 1) for key in ("image_mean", "image_std")]
     assert_close(calls[0][0], ((others if control else images) - mean) / std, 1e-6)
 
 
@@ -1292,14 +1251,6 @@ def test_lora_equals_its_definition_and_merges_into_the_matrices_alone(world, cl
         assert after[name].is_contiguous()
 
 
-def test_lora_on_attention_keeps_its_mask():
-    original = nn.MultiheadAttention(8, 2, batch_first=True)
-    lora = gh.LoRAAttention(original, rank=2, alpha=6, dropout=0.0)
-    x = torch.randn(2, 5, 8)
-    later = torch.full((5, 5), -torch.inf).triu(1)
-    assert_close(lora(x, attn_mask=later)[0], original(x, x, x, attn_mask=later)[0], 1e-5)
-
-
 @torch.no_grad()
 def test_lora_drops_inputs_of_its_adapter_alone():
     lora = gh.LoRALinear(nn.Linear(3, 1), rank=1, alpha=1, dropout=0.5)
@@ -1459,53 +1410,48 @@ def full_size(name):
         return eval_mmvp.create_clip(find_backbone(name))
 
 
-@pytest.mark.parametrize("name, side, patches, activation, sizes", [
-    # The sizes: parameters of the model and of its visual tower, LoRA's matrices and parameters.
-    ("openai-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
-    ("openai-l14-336", 336, 576, "quick_gelu", [427_944_193, 304_293_888, 145, 7_106_560]),
-    ("metaclip-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
-    ("metaclip-h14-224", 224, 256, "quick_gelu", [986_109_441, 632_076_800, 193, 11_833_344]),
-    ("siglip-so400m-224", 224, 256, "gelu", [877_360_306, 427_680_704, 168, 9_017_344]),
-    ("siglip-so400m-384", 384, 729, "gelu", [877_960_498, 428_225_600, 168, 9_017_344]),
+@pytest.mark.parametrize("name, activation, mean, resize, sizes", [
+    # As open_clip publishes them, whose configurations name no activation. The sizes: the side in
+    # pixels, the patches, the model's and its visual tower's parameters, LoRA's matrices and its.
+    ("openai-l14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 427_616_513, 303_966_208, 145, 7_106_560]),
+    ("openai-l14-336", "quick_gelu", OPENAI, "shortest",
+     [336, 576, 427_944_193, 304_293_888, 145, 7_106_560]),
+    ("metaclip-l14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 427_616_513, 303_966_208, 145, 7_106_560]),
+    ("metaclip-h14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 986_109_441, 632_076_800, 193, 11_833_344]),
+    ("siglip-so400m-224", "gelu", SIGLIPS, "squash",
+     [224, 256, 877_360_306, 427_680_704, 168, 9_017_344]),
+    ("siglip-so400m-384", "gelu", SIGLIPS, "squash",
+     [384, 729, 877_960_498, 428_225_600, 168, 9_017_344]),
+    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest", []),
+    ("ViT-L-14:laion2b_s32b_b82k", "gelu", SIGLIPS, "shortest", []),
+    ("ViT-g-14:laion2b_s34b_b88k", "gelu", OPENAI, "shortest", []),
+    ("ViT-gopt-16-SigLIP2-256:webli", "gelu_pytorch_tanh", SIGLIPS, "squash", []),
 ])
-def test_the_six_backbones_are_the_papers_with_lora_and_in_huggingfaces_format(
-    name, side, patches, activation, sizes
-):
+def test_what_a_published_tag_says_is_computed_and_exported(name, activation, mean, resize, sizes):
     assert open_clip.is_pretrained_cfg(*find_backbone(name))
     clip = full_size(name)
-    assert gh.image_side(clip.visual) == side
-    images = torch.empty(1, 3, side, side, device="meta")
-    assert gh.encode_with_patches(clip.visual, images)[1].shape[1] == patches
+    eval_mmvp.check_export(name, clip)
     config = eval_mmvp.hf_config(clip)
     for tower in ("vision_config", "text_config"):
         assert config[tower]["hidden_act"] == activation
-    eval_mmvp.check_export(name, clip)
-    of_both = [count_parameters(clip), count_parameters(clip.visual)]
-    assert sum(tensor.numel() for tensor in eval_mmvp.hf_weights(clip).values()) == of_both[0]
-    before = layout(clip.visual)
-    matrices = gh.inject_lora(clip.visual)
-    of_lora = sum(p.numel() for p in clip.visual.parameters() if p.requires_grad)
-    assert [*of_both, matrices, of_lora] == sizes
-    assert layout(gh.merge_lora(clip.visual)) == before
-
-
-@pytest.mark.parametrize("name, activation, mean, resize", [
-    # As open_clip publishes them; the models' own configurations name no activation.
-    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:metaclip_400m", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-L-14:dfn2b", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:laion2b_s34b_b79k", "gelu", OPENAI, "shortest"),
-    ("ViT-L-14:laion2b_s32b_b82k", "gelu", SIGLIPS, "shortest"),
-    ("ViT-B-16-SigLIP:webli", "gelu", SIGLIPS, "squash"),
-    ("ViT-g-14:laion2b_s34b_b88k", "gelu", OPENAI, "shortest"),
-    ("ViT-gopt-16-SigLIP2-256:webli", "gelu_pytorch_tanh", SIGLIPS, "squash"),
-])
-def test_what_a_published_tag_says_is_computed_and_exported(name, activation, mean, resize):
-    clip = full_size(name)
-    eval_mmvp.check_export(name, clip)
-    assert eval_mmvp.hf_config(clip)["vision_config"]["hidden_act"] == activation
     assert tuple(clip.visual.preprocess_cfg["mean"]) == mean
     assert clip.visual.preprocess_cfg["resize_mode"] == resize
+    if sizes:
+        side = gh.image_side(clip.visual)
+        images = torch.empty(1, 3, side, side, device="meta")
+        patches = gh.encode_with_patches(clip.visual, images)[1].shape[1]
+        parameters = [count_parameters(clip), count_parameters(clip.visual)]
+        before = layout(clip.visual)
+        matrices = gh.inject_lora(clip.visual)
+        of_lora = sum(p.numel() for p in clip.visual.parameters() if p.requires_grad)
+        assert [side, patches, *parameters, matrices, of_lora] == sizes
+        merged = gh.merge_lora(clip.visual)
+        assert layout(merged) == before
+        exported = eval_mmvp.hf_weights(clip).values()
+        assert sum(tensor.numel() for tensor in exported) == parameters[0]
 
 
 @timm.models.register_model
@@ -1548,31 +1494,24 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monke
     image = noise_image(np.random.default_rng(0), 48, 64)
     theirs = open_clip.transform.image_transform_v2(look, is_train=False)(image)
     assert torch.equal(preprocess(image), theirs)
-    assert eval_mmvp.hf_config(clip)["vision_config"]["hidden_act"] == "quick_gelu"
     assert eval_mmvp.hf_preprocessor(clip.visual.preprocess_cfg)["resample"] == 2  # bilinear
 
 
-def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, tmp_path):
+def test_a_clip_comes_frozen_in_float32(world, tmp_path):
     half = {name: x.half() for name, x in load_file(world / "tiny-clip.safetensors").items()}
     save_file(half, tmp_path / "half.safetensors")
-    clip, preprocess, tokenizer = load_clip("tiny-clip", tmp_path / "half.safetensors")
+    clip = load_clip("tiny-clip", tmp_path / "half.safetensors")[0]
     assert not clip.training
     for parameter in clip.parameters():
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
-    assert clip.visual.preprocess_cfg["resize_mode"] == "shortest"
-    black = preprocess(Image.new("RGB", (64, 32)))[:, 0, 0]
-    assert black.tolist() == pytest.approx([-1.7923, -1.7521, -1.4802], abs=1e-4)  # -mean / std
-    assert tokenizer(["a cat", "two cats"]).shape == (2, 77)
 
 
 @pytest.mark.parametrize("name, file, says", [
     ("nonsense", None, "unknown backbone 'nonsense': choose from openai-l14-224"),
     ("ViT-L-14:nonsense", None, "name ViT-L-14:TAG with one of its tags (openai, "),
     ("ViT-B-32:opnai", "tiny-clip.safetensors", "'ViT-B-32:opnai' names no tag"),
-    ("ViT-B-16-SigLIP", "tiny-siglip.safetensors", "with one of its tags (webli)"),
     ("ViT-S-16", "tiny-clip.safetensors", "it has none: choose another model"),
-    ("tiny-clip", "nowhere.pt", "nowhere.pt': name a file or a folder"),
     ("tiny-clip", "data", "data is neither in open_clip's nor in HuggingFace's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
@@ -1673,20 +1612,15 @@ def test_a_clip_with_batch_norm_comes_with_its_counters(world, tmp_path):
     assert loaded.visual.bn1.num_batches_tracked.dtype == torch.int64
 
 
-K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
-
-
-@pytest.mark.parametrize("name, value, says", [
-    (K_WEIGHT, None, f"{K_WEIGHT} must be [64, 64], not absent"),
-    (K_WEIGHT, torch.zeros(64, 32), f"{K_WEIGHT} must be [64, 64], not [64, 32]"),
-    (K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
-    ("text_model.more", torch.zeros(1), "text_model.more must be absent, not [1]"),
-    ("ema.visual.ln_post.bias", torch.zeros(1), "several models (ema.visual.ln_post.bias and "),
-])
-def test_a_spoilt_clip_is_refused(exported, tmp_path, name, value, says):
+def test_a_file_of_several_clips_is_refused_and_one_that_does_not_fit(exported, tmp_path):
     weights = exported / "tiny-clip" / "model.safetensors"
-    save_changed(weights, {name: value}, tmp_path / "it.safetensors")
-    refused(lambda path: load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
+    key = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
+    for name, value, says in (
+        (key, torch.zeros(64, 32), f"{key} must be [64, 64], not [64, 32]"),
+        ("ema.visual.ln_post.bias", torch.zeros(1), "several models (ema.visual.ln_post.bias and "),
+    ):
+        save_changed(weights, {name: value}, tmp_path / "it.safetensors")
+        refused(lambda path: load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
 
 
 class WritesAFile(nn.Module):
@@ -1702,16 +1636,6 @@ class WritesAFile(nn.Module):
         self.training = state
 
 
-def bare(module):
-    """A module's parameters, in fp16, and its children's, without their code."""
-    result = nn.Module()
-    for name, parameter in module.named_parameters(recurse=False):
-        result.register_parameter(name, nn.Parameter(parameter.half(), requires_grad=False))
-    for name, child in module.named_children():
-        result.add_module(name, bare(child))
-    return result
-
-
 def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, monkeypatch):
     """ViT-L-14.pt is a TorchScript module like this one: fp16, and three integers."""
     models = open_clip.list_pretrained_models_by_tag("openai")
@@ -1720,8 +1644,9 @@ def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, m
         address = open_clip.get_pretrained_cfg(name, "openai")["url"]
         assert re.search("/[0-9a-f]{64}/", address)
     clip = load_tiny(world)
-    module = bare(clip)
+    module = copy.deepcopy(clip).half()
     for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(module).pop(name, None)
         module.register_buffer(name, torch.tensor(32))
     path = tmp_path / "ViT.pt"
     torch.jit.script(module).save(path)
@@ -1824,21 +1749,16 @@ def change(config, where, value):
 @pytest.mark.parametrize("where, value, says", [
     ("model_cfg quick_gelu", False, "quick_gelu False (model_cfg), and tiny-clip computes True"),
     ("model_cfg quick_gelu", ..., "quick_gelu False (model_cfg), and tiny-clip computes True"),
-    ("model_cfg vision_cfg head_width", 32, "head_width 32 (vision_cfg)"),
     ("model_cfg vision_cfg head_width", ..., "head_width 64 (vision_cfg), and tiny-clip computes"),
     ("model_cfg vision_cfg norm_kwargs", {"eps": 1e-6}, "norm_kwargs {'eps': 1e-06} (vision_cfg)"),
-    ("model_cfg vision_cfg pool_type", "avg", "pool_type 'avg' (vision_cfg)"),
     ("model_cfg text_cfg heads", ..., "heads 8 (text_cfg), and tiny-clip computes 2: choose "),
-    ("model_cfg text_cfg act_kwargs", {"a": 1}, "act_kwargs {'a': 1} (text_cfg)"),
     ("model_cfg text_cfg tokenizer_kwargs", {"clean": "lower"}, "tokenizer_kwargs {'clean': "),
     ("preprocess_cfg mean", [0.5] * 3, "mean [0.5, 0.5, 0.5] (preprocess_cfg), and tiny-clip"),
     ("preprocess_cfg std", [0.5] * 3, "std [0.5, 0.5, 0.5] (preprocess_cfg)"),
     ("preprocess_cfg interpolation", "bilinear", "interpolation 'bilinear' (preprocess_cfg)"),
     ("preprocess_cfg resize_mode", "squash", "resize_mode 'squash' (preprocess_cfg)"),
-    ("preprocess_cfg fill_color", 1, "fill_color 1 (preprocess_cfg)"),
     ("model_cfg vision_cfg rope", True, "no configuration of this open_clip's (CLIPVisionCfg."),
     ("model_cfg", ..., "no configuration of this open_clip's ('model_cfg')"),
-    ("model_cfg", [], "no configuration of this open_clip's"),
     ("preprocess_cfg", [1], "no configuration of this open_clip's"),
     # Silence where open_clip's own value is the same, and what changes no features.
     ("preprocess_cfg", ..., None),
@@ -1852,13 +1772,11 @@ def test_what_an_open_clip_folder_says_is_compared(exported, tmp_path, where, va
     config = json.loads(file.read_text())
     change(config, where, value)
     file.write_text(json.dumps(config))
-    for path in (tmp_path, tmp_path / "open_clip_model.safetensors"):
-        if says:
-            with pytest.raises(UserError) as error:
-                load_clip("tiny-clip", path)
-            assert_one_line(error, file, says)
-        else:
-            load_clip("tiny-clip", path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    if says:
+        refused(lambda _: load_clip("tiny-clip", weights), file, says)
+    else:
+        load_clip("tiny-clip", weights)
 
 
 @pytest.mark.parametrize("file, save", [
@@ -2140,42 +2058,30 @@ def grey(value, kind):
     return Image.fromarray(np.full((8, 8), value, kind))
 
 
-def transparent_palette():
-    image = red("P")
-    image.info["transparency"] = image.getpixel((0, 0))
+def tagged(image, **tags):
+    image.info |= tags
     return image
 
 
-def lying_photo():
-    """Its lower left corner is red, and belongs to the upper left."""
-    image = Image.new("RGB", (8, 8), "white")
-    image.paste(RED, (0, 4, 4, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn it by 90 degrees
-    image.info["exif"] = exif.tobytes()
-    return image
-
-
-def broken_exif():
-    """Its orientation cannot be read; the image can."""
-    image = red("RGB")
-    image.info["exif"] = b"Exif\0\0MM\0*"
-    return image
+LYING = Image.new("RGB", (8, 8), "white")
+LYING.paste(RED, (0, 4, 4, 8))  # its lower left, which belongs to the upper left
+TURN = Image.Exif()
+TURN[0x0112] = 6  # orientation: turn it by 90 degrees
 
 
 @pytest.mark.parametrize("image, expected", [
     (red("RGB"), RED),
     (red("CMYK"), RED),
     (red("P"), RED),
-    (lying_photo(), RED),
+    (tagged(LYING, exif=TURN.tobytes()), RED),
     (Image.new("L", (8, 8), 77), (77, 77, 77)),
     (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), WHITE),
     (Image.new("LA", (8, 8), (0, 0)), WHITE),
-    (transparent_palette(), WHITE),
+    (tagged(red("P"), transparency=red("P").getpixel((0, 0))), WHITE),
     (grey(60_000, np.uint16), (234, 234, 234)),
     (grey(60_000, ">u2"), (234, 234, 234)),
     (grey(200, np.uint16), (0, 0, 0)),  # of 65,535
-    (broken_exif(), RED),
+    (tagged(red("RGB"), exif=b"Exif\0\0MM\0*"), RED),  # which cannot be read
 ])
 def test_any_image_becomes_upright_rgb_on_white(image, expected):
     converted = train.to_rgb(image)
@@ -2291,20 +2197,14 @@ def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
     bad = [index for (index,) in drawn if 40 <= index < 60]
     assert len(undecodable) == len(bad) < 30
     assert len(images[10:30, 0].float().mean((1, 2)).round().unique()) > 10
-    assert torch.equal(images, data[0, 0, 0, list(range(30, 70))][0])
-    assert not torch.equal(images, data[0, 0, 1, list(range(30, 70))][0])
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):  # seed, step and slot decide
+        again = data[*key, list(range(30, 70))][0]
+        assert torch.equal(again, images) == (not any(key))
 
 
-def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
-    data = open_images([shard], tmp_path)
-    images = data[0, 3, 1, [0, 1]][0]
-    assert torch.equal(images, data[0, 3, 1, [0, 1]][0])
-    for other in ((1, 3, 1), (0, 4, 1), (0, 3, 2)):
-        assert not torch.equal(images, data[*other, [0, 1]][0])
-
-
-def test_many_shards_are_indexed_in_their_order(tmp_path):
-    """And a worker is sent the place of the index alone."""
+def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
+    """A worker is sent the place of the index alone. No bar is drawn without a terminal."""
+    save_and_open(red("RGB"), tmp_path / "a.png", 8)
     contents = [[f"{shard} {i}".encode() for i in range(shard)] for shard in range(9)]
     for shard, images in enumerate(contents):
         write_shard(tmp_path / "data" / f"{shard}.tar", images)
@@ -2315,6 +2215,7 @@ def test_many_shards_are_indexed_in_their_order(tmp_path):
     sent = pickle.dumps(data)
     assert len(sent) < data.entries.nbytes
     assert pickle.loads(sent).fingerprint() == data.fingerprint()
+    assert capsys.readouterr().err == ""
 
 
 def test_data_is_indexed_once_and_anew_when_it_or_the_index_changes(shard, tmp_path, monkeypatch):
@@ -2332,19 +2233,17 @@ def test_data_is_indexed_once_and_anew_when_it_or_the_index_changes(shard, tmp_p
     assert open_images([tmp_path / "moved"], tmp_path).fingerprint() == after
 
 
-def test_workers_that_are_not_forked_give_the_same_images(shard, tmp_path, monkeypatch):
+def test_a_process_that_may_hold_cuda_has_workers_that_are_not_forked(
+    shard, tmp_path, monkeypatch
+):
     data = open_images([shard], tmp_path)
     s = settings("--workers", 1, "--batch-size", 2, "--accum", 1)
-    monkeypatch.setattr(train, "start_method", lambda: "forkserver")
-    loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
-    for (images, _), key in zip(loader, train.batch_keys(s, 6, 0, 2), strict=True):
-        assert torch.equal(images, data[key][0])
-
-
-def test_a_process_that_may_hold_cuda_is_not_forked(monkeypatch):
     assert gh.start_method() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gh.start_method() == "forkserver"
+    loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
+    for (images, _), key in zip(loader, train.batch_keys(s, 6, 0, 2), strict=True):
+        assert torch.equal(images, data[key][0])
 
 
 def spoil(path, start, content):
@@ -2361,15 +2260,12 @@ def sparse_member():
 
 @pytest.mark.parametrize("damage", [  # of a tar whose 18 members start at these bytes
     lambda shard, starts: os.truncate(shard, 0),
-    lambda shard, starts: os.truncate(shard, 100),
     lambda shard, starts: os.truncate(shard, starts[9]),
-    lambda shard, starts: os.truncate(shard, starts[9] + 512),
     lambda shard, starts: os.truncate(shard, starts[9] + 600),
     lambda shard, starts: os.truncate(shard, starts[17] + 1024),
     lambda shard, starts: spoil(shard, starts[9] + 148, b"0000000"),  # the header's checksum
     lambda shard, starts: spoil(shard, starts[9], bytes(512)),
     lambda shard, starts: spoil(shard, starts[9], bytes(2048)),
-    lambda shard, starts: spoil(shard, starts[9], 128 * b"junk"),
     lambda shard, starts: shard.write_bytes(2 * shard.read_bytes()),
     lambda shard, starts: shard.write_bytes(sparse_member() + shard.read_bytes()),
     lambda shard, starts: shard.write_bytes(gzip.compress(shard.read_bytes())),
@@ -2383,22 +2279,16 @@ def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path, da
     assert not (tmp_path / "index.safetensors").exists()
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda shard: os.truncate(shard, 2000), "does not have the size that was indexed"),
-    (os.remove, "cannot be read (No such file"),
-])
-def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, change, says):
-    data = open_images([shard], tmp_path)
-    change(shard)
-    refused(lambda _: data.load(5), shard, says)
-
-
-def test_a_copy_of_a_shard_on_another_disk_is_the_same_shard(shard, tmp_path):
-    """As on another node: of another time, that is."""
+def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path):
+    """Its time may be another, as that of a copy on another node is."""
     data = open_images([shard], tmp_path)
     image, _ = data.load(5, augment=False)
     os.utime(shard, ns=(1, 1))
     assert torch.equal(data.load(5, augment=False)[0], image)
+    os.truncate(shard, 2000)
+    refused(lambda _: data.load(5), shard, "does not have the size that was indexed")
+    os.remove(shard)
+    refused(lambda _: data.load(5), shard, "cannot be read (No such file")
 
 
 def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
@@ -2436,12 +2326,6 @@ def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path, name
     (tmp_path / name).touch()
     ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
     refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
-
-
-def test_indexing_shows_no_progress_bar_without_a_terminal(shard, tmp_path, capsys):
-    save_and_open(red("RGB"), tmp_path / "a.png", 8)
-    open_images([shard], tmp_path)
-    assert capsys.readouterr().err == ""
 
 
 def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monkeypatch):
