@@ -66,6 +66,7 @@ from eval_mmvp import find_backbone, load_clip
 from genhancer import UserError
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 
+gc.freeze()  # the collector need not look through all that the imports made
 torch.set_num_threads(1)  # a fork of a process whose threads have computed can hang
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # of the tests that ask for a device
@@ -89,21 +90,11 @@ for download in ("hf_tokenizer_name", "tokenizer_kwargs"):
     del TINY_SIGLIP["text_cfg"][download]
 TINY = {"tiny-clip": TINY_CLIP, "tiny-siglip": TINY_SIGLIP}
 TINY_VAE = AutoEncoderConfig(
-    ch=32,
-    ch_mult=(1, 1, 2),
-    num_res_blocks=1,
-    z_channels=4,
-    scale_factor=0.5,
-    shift_factor=0.1,
+    ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4, scale_factor=0.5, shift_factor=0.1
 )
 TINY_VQGAN = vqgan_file.VQGANConfig(
-    ch=32,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(128,),
-    z_channels=16,
-    n_embed=64,
-    embed_dim=8,
+    ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,),
+    z_channels=16, n_embed=64, embed_dim=8,
 )
 
 
@@ -112,12 +103,6 @@ def tiny_siglip_tower(pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_
     shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)
     shape |= dict(class_token=False, global_pool="map", num_classes=0)
     return timm.models.vision_transformer.VisionTransformer(**{**shape, **options})
-
-
-@pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage():
-    """The collector need not look through all that the imports made."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -259,13 +244,8 @@ def built_model(world, kind, clip, options):
     torch.manual_seed(1)
     if kind == "rf":
         config = gh.FluxConfig(
-            in_channels=16,
-            hidden_size=64,
-            num_heads=2,
-            depth=1,
-            depth_single_blocks=1,
-            axes_dim=(8, 12, 12),
-            context_in_dim=48,
+            in_channels=16, context_in_dim=48, hidden_size=64, num_heads=2,
+            depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12),
         )
         vae = load_vae(world / "vae.safetensors")
         return gh.Continuous(visual, vae, gh.Flux(config), **options)
@@ -1002,9 +982,7 @@ def test_euler_steps_reach_the_truth(world):
 
 
 @pytest.mark.parametrize("options, hidden", [
-    ({"steps": 8}, [int(256 * math.cos(math.pi / 2 * step / 8)) for step in range(8)]),
     ({}, [int(256 * math.cos(math.pi / 2 * step / 20)) for step in range(20)]),
-    ({"steps": 1}, [256]),
     ({"steps": 1, "mask_ratio": 0.75}, [192]),
     ({"steps": 40, "mask_ratio": 0.1}, [int(26 * math.cos(math.pi / 80 * s)) for s in range(40)]),
 ])
@@ -1099,28 +1077,23 @@ def mask_counts(ratio, n):
     return gh.sample_masks(3, n, ratio, ratio).sum(1)
 
 
-ONE = torch.ones(1, dtype=torch.bfloat16)
 SMALL = torch.tensor([1e-3, -1e-3])  # its mean square is FLUX's epsilon, 1e-6
 POSITION = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
 POSITION += [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
 BY_HAND = {
     "a mask hides the rounded share": (lambda: mask_counts(0.75, 25), 3 * [19]),
     "a mask hides at least one": (lambda: mask_counts(0.01, 9), 3 * [1]),
-    "a mask of none hides one": (lambda: mask_counts(0.0, 9), 3 * [1]),
     "a mask hides all": (lambda: mask_counts(1, 9), 3 * [9]),
     "images": (lambda: gh.to_unit_range(torch.tensor([-3, -1, 0, 1, 3])), [0, 0, 0.5, 1, 1]),
-    "images in float32": (lambda: gh.to_unit_range(2**-8 * ONE), [0.501953125]),
     "1000 t": (
-        lambda: gh.timestep_embedding(0.375 * ONE)[0, [0, 128]],  # in float32
+        lambda: gh.timestep_embedding(torch.tensor([0.375]))[0, [0, 128]],
         [math.cos(375), math.sin(375)],
     ),
-    "sin-cos position": (lambda: gh.sincos_embedding(torch.tensor([3, 5]), 8), POSITION),
-    "tokens run along the rows": (
+    "sin-cos positions run along the rows": (
         lambda: gh.sincos_embedding(gh.grid_positions(6, 6, "cpu"), 8)[23], POSITION,
     ),
     "epsilon of the RMSNorm": (lambda: gh.RMSNorm(2)(SMALL), [0.5**0.5, -(0.5**0.5)]),
     "epsilon of the LayerNorm": (lambda: gh.modulate(SMALL, 0, 0), [0.5**0.5, -(0.5**0.5)]),
-    "(1 + scale) x + shift": (lambda: gh.modulate(SMALL, 3, 1), [3 + 2**0.5, 3 - 2**0.5]),
 }
 
 
@@ -1162,8 +1135,6 @@ def mask_ratios():
 @pytest.mark.parametrize("draw", [
     logit_normal,
     lambda: logit_normal(0.1),
-    lambda: logit_normal(0.5),
-    lambda: logit_normal(5),
     lambda: logit_normal(10),
     lambda: gh.sample_timesteps(20_000, 1.0, "uniform").double(),
     mask_ratios,
@@ -1269,13 +1240,8 @@ def test_lora_drops_inputs_of_its_adapter_alone():
 def test_flux_equals_fluxs_own_code(case):
     tensors = golden("flux_tiny")
     config = gh.FluxConfig(
-        vec_in_dim=32,
-        context_in_dim=48,
-        hidden_size=96,
-        num_heads=4,
-        depth=2,
-        depth_single_blocks=3,
-        axes_dim=(8, 8, 8),
+        vec_in_dim=32, context_in_dim=48, hidden_size=96, num_heads=4,
+        depth=2, depth_single_blocks=3, axes_dim=(8, 8, 8),
     )
     flux = fill(gh.Flux(config), 0.1)
     names = ("latent", f"{case}.timesteps", f"{case}.context", f"{case}.vec")
@@ -1580,7 +1546,6 @@ BESIDE = {  # what a training program saves beside its weights, and runs nothing
     # The prefix of the CLIP's names, the name of the state dict, how many tensors stand beside.
     ("", None, 0),
     ("model.vision_tower.", None, 2),
-    ("module.", "state_dict", 1),
     ("module._orig_mod.", "model_state_dict", 1),
     ("class_model.model.", "clip", 4),
 ])
@@ -1706,24 +1671,14 @@ def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatc
     assert torch.equal(theirs.encode_text(tokens), clip.encode_text(tokens))
     assert torch.equal(theirs.logit_scale, clip.logit_scale)
     assert_same_weights(load_clip(small, tmp_path / "it")[0], clip)
+    weights = tmp_path / "it" / "open_clip_model.safetensors"
+    assert gh.read_weights(weights, "it")[1] == {}  # nothing of time or place
     if "SigLIP" in find_backbone(name).model:  # its tokenizer comes from the hub, by this name
         config = json.loads((tmp_path / "it" / "open_clip_config.json").read_text())
         assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "timm/ViT-B-16-SigLIP"
     else:
         words = ["a photo of a cat", "Two  Dogs!"]
         assert torch.equal(open_clip.get_tokenizer(folder)(words), tokenizer(words))
-
-
-def test_an_exported_open_clip_folder_says_what_it_is(more, tmp_path):
-    clip = load_clip("tiny-gelu:it", random=True)[0]
-    eval_mmvp.export_open_clip(clip, tmp_path)
-    look = {"size": [32, 32], "mode": "RGB", "fill_color": 0} | LOOK
-    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": look}
-    assert json.loads((tmp_path / "open_clip_config.json").read_text()) == config
-    weights, about = gh.read_weights(tmp_path / "open_clip_model.safetensors", "it")
-    assert about == {}  # nothing of time or place
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert sorted(os.listdir(tmp_path)) == ["open_clip_config.json", "open_clip_model.safetensors"]
 
 
 def test_where_a_results_weights_are_whole_so_is_all_else(more, trained, tmp_path, monkeypatch):
