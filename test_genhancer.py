@@ -1027,19 +1027,6 @@ def fill_in(world, shape, logits, **options):
     return result, [mask for _, mask, _, _ in model.denoiser.calls]
 
 
-def equally_likely(counts):
-    """Logits (N, 64): at position j, counts[j] codes are equally likely, so each is as sure."""
-    impossible = torch.arange(64) >= counts[:, None]
-    return torch.zeros(impossible.shape).masked_fill(impossible, -torch.inf)
-
-
-def test_masked_decoding_keeps_the_surest_tokens(world):
-    surer_to_the_right = equally_likely(64 - torch.arange(64))
-    _, masks = fill_in(world, (2, 64), surer_to_the_right, steps=2, temperature=0.0)
-    expected = torch.arange(64) < int(64 * math.cos(math.pi / 4))
-    assert torch.equal(masks[1], expected.expand(2, 64))
-
-
 @pytest.mark.parametrize("options, weight", [
     ({"steps": 2, "temperature": 2.0}, 1),
     ({"steps": 4, "temperature": 2.0}, 1.5),
@@ -1047,8 +1034,9 @@ def test_masked_decoding_keeps_the_surest_tokens(world):
 ])
 def test_noise_lets_less_sure_tokens_win(world, options, weight):
     """Of tokens with probabilities 1, 1/4 and 1/4, Gumbel noise chooses as Luce's rule says."""
-    likely = equally_likely(torch.tensor([1, 4, 4]))
-    _, masks = fill_in(world, (20_000, 3), likely, **options)
+    counts = torch.tensor([[1], [4], [4]])  # of the codes that are equally likely
+    logits = torch.where(torch.arange(64) < counts, 0.0, -torch.inf)
+    _, masks = fill_in(world, (20_000, 3), logits, **options)
     share = (~masks[1][:, 0]).double().mean().item()
     by_luce = 1 / (1 + 2 * 0.25 ** (1 / weight))
     assert share == pytest.approx(by_luce, abs=0.014)  # 4 standard errors
@@ -1655,12 +1643,8 @@ def test_open_clip_opens_an_exported_folder_by_itself(world, tmp_path, monkeypat
         assert torch.equal(open_clip.get_tokenizer(folder)(words), tokenizer(words))
 
 
-def test_where_a_results_weights_are_whole_so_is_all_else(world, trained, tmp_path, monkeypatch):
+def test_where_a_results_weights_are_whole_so_is_all_else(trained):
     """A run without them is not finished: they are written last."""
-    monkeypatch.setattr(eval_mmvp, "write_json", fails(UserError("no room")))
-    with pytest.raises(UserError):
-        eval_mmvp.export_open_clip(load_tiny(world), tmp_path)
-    assert not (tmp_path / "open_clip_model.safetensors").exists()
     last = max(trained.glob("rf/*/*.*"), key=lambda path: path.stat().st_mtime_ns)
     assert last == trained / "rf" / "open_clip" / "open_clip_model.safetensors"
 
@@ -1847,13 +1831,12 @@ def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
     refused(lambda model: eval_mmvp.check_export(model, clip), model, lacks)
 
 
-@both_families
 @pytest.mark.parametrize("file, save", [
     ("model.safetensors", save_file),
     ("pytorch_model.bin", torch.save),
 ])
-def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, clip, file, save):
-    weights = load_file(exported / clip / "model.safetensors")
+def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, file, save):
+    weights = load_file(exported / "tiny-clip" / "model.safetensors")
     weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # older ones have it
     save(weights, tmp_path / file)
     sharded = tmp_path / "sharded"
@@ -1865,7 +1848,7 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, cli
     # A larger program's configuration says nothing of its CLIP.
     (sharded / CONFIG).write_text('{"model_type": "llava", "hidden_act": "silu"}')
     for path in (tmp_path / file, tmp_path, sharded):
-        assert_same_weights(load_clip(clip, path)[0], load_tiny(world, clip))
+        assert_same_weights(load_clip("tiny-clip", path)[0], load_tiny(world))
 
 
 @pytest.mark.parametrize("tower, prefix, projected", [
