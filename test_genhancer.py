@@ -48,7 +48,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,6 +66,7 @@ from eval_mmvp import find_backbone, load_clip
 from genhancer import UserError
 from vae import AutoEncoder, AutoEncoderConfig, load_vae
 
+gc.freeze()  # the collector need not look through all that the imports made
 torch.set_num_threads(1)  # a fork of a process whose threads have computed can hang
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # of the tests that ask for a device
@@ -81,46 +82,28 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-TINY_SIGLIP = {
-    "embed_dim": 48,
-    "init_logit_bias": -10,
-    "custom_text": True,
-    "vision_cfg": {
-        "image_size": 32,
-        "timm_model_name": "tiny_siglip_tower",
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": "none",
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 320,
-        "width": 48,
-        "heads": 4,
-        "layers": 2,
-        "no_causal_mask": True,
-        "proj_bias": True,
-        "pool_type": "last",
-        "norm_kwargs": {"eps": 1e-6},
-    },
+TINY_SIGLIP = open_clip.get_model_config("ViT-B-16-SigLIP") | {"embed_dim": 48}
+TINY_SIGLIP["vision_cfg"] |= {"image_size": 32, "timm_model_name": "tiny_siglip_tower"}
+TINY_SIGLIP["text_cfg"] |= {"context_length": 16, "vocab_size": 320}
+TINY_SIGLIP["text_cfg"] |= {"width": 48, "heads": 4, "layers": 2}
+for download in ("hf_tokenizer_name", "tokenizer_kwargs"):
+    del TINY_SIGLIP["text_cfg"][download]
+TINY_SIGLIP2 = copy.deepcopy(TINY_SIGLIP)
+TINY_SIGLIP2["vision_cfg"]["timm_model_name"] = "tiny_siglip2_tower"
+TINY_SIGLIP2["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+TINY = {
+    "tiny-clip": TINY_CLIP,
+    "tiny-siglip": TINY_SIGLIP,
+    "tiny-gelu": TINY_CLIP | {"quick_gelu": False},
+    "tiny-siglip2": TINY_SIGLIP2,
 }
-TINY = {"tiny-clip": TINY_CLIP, "tiny-siglip": TINY_SIGLIP}
+LOOK = {"mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "squash", "interpolation": "bilinear"}
 TINY_VAE = AutoEncoderConfig(
-    ch=32,
-    ch_mult=(1, 1, 2),
-    num_res_blocks=1,
-    z_channels=4,
-    scale_factor=0.5,
-    shift_factor=0.1,
+    ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=4, scale_factor=0.5, shift_factor=0.1
 )
 TINY_VQGAN = vqgan_file.VQGANConfig(
-    ch=32,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(128,),
-    z_channels=16,
-    n_embed=64,
-    embed_dim=8,
+    ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,),
+    z_channels=16, n_embed=64, embed_dim=8,
 )
 
 
@@ -131,16 +114,16 @@ def tiny_siglip_tower(pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_
     return timm.models.vision_transformer.VisionTransformer(**{**shape, **options})
 
 
-@pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage():
-    """The collector need not look through all that the imports made."""
-    gc.freeze()
-
+@timm.models.register_model
+def tiny_siglip2_tower(**options):
+    return tiny_siglip_tower(act_layer="gelu_tanh", **options)
 
 @pytest.fixture(autouse=True)
-def same_draws():
-    """Every test draws the same, alone or after others."""
+def same_everywhere(monkeypatch):
+    """Every test draws the same, alone or after others, and leaves a GPU to those processes that
+    it starts."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +141,7 @@ def world(tmp_path_factory):
         eval_mmvp.BACKBONES[name] = f"{name}:no tag"
     squash = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
     open_clip.pretrained._PRETRAINED["tiny-siglip"] = {"no tag": squash}
+    open_clip.pretrained._PRETRAINED["tiny-gelu"] = {"it": {"quick_gelu": True, **LOOK}}
 
     for name, module in (("vae", AutoEncoder(TINY_VAE)), ("vqgan", vqgan_file.VQGAN(TINY_VQGAN))):
         about = {name: dataclasses.asdict(module.config)}
@@ -175,12 +159,6 @@ def register(folder):
     for name in TINY:
         open_clip.add_model_config(os.path.join(folder, f"{name}.json"))
     os.environ["TINY_WORLD"] = str(folder)  # for processes that are not forked
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """This process leaves a GPU alone: only what a test starts in another one looks for it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @torch.no_grad()
@@ -212,21 +190,24 @@ def write_shard(path, images):
 
 
 def golden(name):
-    with safe_open(os.path.join(GOLDEN, f"{name}.safetensors"), "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return load_file(os.path.join(GOLDEN, f"{name}.safetensors"))
 
 
 @torch.no_grad()
 def fill(module, std):
     """The parameters with which the golden outputs were made."""
     for name, parameter in module.named_parameters():
-        k = torch.arange(parameter.numel(), dtype=torch.float64)
-        phase = zlib.crc32(name.encode()) % 1000
-        value = std * math.sqrt(2) * torch.sin(1.7 * k + 0.013 * k * k + phase)
-        if name.endswith(".scale") or (name.endswith(".weight") and "norm" in name):
-            value += 1
-        parameter.copy_(value.view(parameter.shape))
+        parameter.copy_(filling(name, parameter.shape, std))
     return module.eval().requires_grad_(False)
+
+
+def filling(name, shape, std):
+    k = torch.arange(math.prod(shape), dtype=torch.float64)
+    phase = zlib.crc32(name.encode()) % 1000
+    value = std * math.sqrt(2) * torch.sin(1.7 * k + 0.013 * k * k + phase)
+    if name.endswith(".scale") or (name.endswith(".weight") and "norm" in name):
+        value += 1
+    return value.view(shape).float()
 
 
 def assert_close(a, b, tolerance=1e-4):
@@ -238,13 +219,9 @@ def refused(call, subject, *words):
     """call(subject) ends in a UserError: one line, which names the subject and says the words."""
     with pytest.raises(UserError) as error:
         call(subject)
-    assert_one_line(error, subject, *words)
-
-
-def assert_one_line(error, *words):
     message = str(error.value)
     assert "\n" not in message
-    for word in words:
+    for word in (subject, *words):
         assert str(word) in message, message
 
 
@@ -274,20 +251,15 @@ def tiny_model(world, kind="rf", clip="tiny-clip", **options):
     return copy.deepcopy(built_model(world, kind, clip, tuple(options.items())))
 
 
-@lru_cache
+@lru_cache  # making it takes longer than most tests
 def built_model(world, kind, clip, options):
     visual = load_clip(clip, str(world / f"{clip}.safetensors"))[0].visual
     options = dict(options)
     torch.manual_seed(1)
     if kind == "rf":
         config = gh.FluxConfig(
-            in_channels=16,
-            hidden_size=64,
-            num_heads=2,
-            depth=1,
-            depth_single_blocks=1,
-            axes_dim=(8, 12, 12),
-            context_in_dim=48,
+            in_channels=16, context_in_dim=48, hidden_size=64, num_heads=2,
+            depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12),
         )
         vae = load_vae(world / "vae.safetensors")
         return gh.Continuous(visual, vae, gh.Flux(config), **options)
@@ -295,18 +267,6 @@ def built_model(world, kind, clip, options):
     config = gh.PerceiverConfig(n_embed=64, embed_dim=8, width=32, num_heads=2, layers=2)
     denoiser = gh.Perceiver(config, vqgan.quantize.embedding.weight)
     return gh.Discrete(visual, vqgan, denoiser, **options)
-
-
-# Loading and initialising take longer than most tests: each is done once, and copied.
-
-
-def load_visual(world, name):
-    return copy.deepcopy(loaded_visual(world, name))
-
-
-@lru_cache
-def loaded_visual(world, name):
-    return load_clip(name, str(world / f"{name}.safetensors"))[0].visual
 
 
 def forget(end):
@@ -353,21 +313,29 @@ def test_the_nearest_code_is_found_in_float32_under_autocast():
         assert torch.equal(quantizer(z).flatten(), distances.argmin(1))
 
 
-@pytest.mark.parametrize("name, make", [
-    ("flux_ae", lambda: AutoEncoder(AutoEncoderConfig())),
-    ("vqgan_f16_1024", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=1024))),
-    ("vqgan_f16_16384", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig())),
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name, make, parameters", [
+    ("flux_ae", lambda: AutoEncoder(AutoEncoderConfig()), 83_819_683),
+    ("vqgan_f16_1024", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig(n_embed=1024)), 72_141_699),
+    ("vqgan_f16_16384", lambda: vqgan_file.VQGAN(vqgan_file.VQGANConfig()), 76_073_859),
+    ("flux_2_4", lambda: gh.Flux(gh.FluxConfig()), 1_310_154_816),  # the paper's 1.31B
+    (None, lambda: gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38)), 11_901_408_320),
+    # The two projectors of a [CLS] of 768, as the official code has them.
+    (None, lambda: nn.ModuleList(gh.Projector(768, width) for width in (768, 4096)), 21_115_392),
 ])
-def test_the_full_size_autoencoders_are_the_published_ones(name, make):
-    with open(os.path.join(GOLDEN, f"keys_{name}.json")) as file:
-        published = json.load(file)
+def test_full_size_modules_are_the_published_ones(name, make, parameters):
     with torch.device("meta"):
         module = make()
-    shapes = {key: list(value.shape) for key, value in module.state_dict().items()}
-    assert shapes == published["shapes"]
-    assert count_parameters(module) == published["parameters"]
+    assert count_parameters(module) == parameters
+    if name:
+        with open(os.path.join(GOLDEN, f"keys_{name}.json")) as file:
+            shapes = json.load(file)["shapes"]
+        assert {key: list(value.shape) for key, value in module.state_dict().items()} == shapes
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
-    assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-6)}  # as in both codes
+    assert all((norm.num_groups, norm.eps) == (32, 1e-6) for norm in norms)  # as in both codes
 
 
 # ------------------------------------------------------------------ the autoencoders' files
@@ -391,10 +359,9 @@ def convert(path):
 @pytest.fixture
 def published(monkeypatch):
     """The tiny autoencoders' configurations in place of the published ones."""
-    for module, name, tiny in (
-        (vae_file, "AutoEncoderConfig", TINY_VAE), (vqgan_file, "VQGANConfig", TINY_VQGAN),
-    ):
-        monkeypatch.setattr(module, name, functools.partial(dataclasses.replace, tiny))
+    replace = dataclasses.replace
+    monkeypatch.setattr(vae_file, "AutoEncoderConfig", functools.partial(replace, TINY_VAE))
+    monkeypatch.setattr(vqgan_file, "VQGANConfig", functools.partial(replace, TINY_VQGAN))
 
 
 LOADERS = [(load_vae, "vae"), (vqgan_file.load_vqgan, "vqgan")]
@@ -403,7 +370,7 @@ LOADERS = [(load_vae, "vae"), (vqgan_file.load_vqgan, "vqgan")]
 def test_the_configuration_stands_in_the_file_or_is_the_published_one(world, tmp_path):
     for (load, name), tiny in zip(LOADERS, (TINY_VAE, TINY_VQGAN), strict=True):
         config = load(world / f"{name}.safetensors").config
-        assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(tiny))
+        assert json.dumps(vars(config)) == json.dumps(vars(tiny))
         save_file(load_file(world / f"{name}.safetensors"), tmp_path / "it")  # says nothing
         refused(load, tmp_path / "it", "decoder.conv_in.bias must be [512], not [")
 
@@ -450,24 +417,18 @@ def test_what_is_no_whole_file_is_refused(world, checkpoint, tmp_path, load, hin
 def test_the_files_of_others_are_refused_with_the_way_out(world):
     refused(load_vae, world / "vqgan.safetensors", "--vae", "ae.safetensors", "must be")
     refused(vqgan_file.load_vqgan, world / "vae.safetensors", "--vqgan", "vqgan.py", "must be")
-    for load, _ in LOADERS:
-        refused(load, world / "tiny-clip.safetensors", "must be [512], not absent")
 
 
-MISFITS = [  # a tensor of both autoencoders, what stands there instead, what the line says
+@pytest.mark.parametrize("key, value, says", [
+    # A tensor of both autoencoders, what stands there instead, what the line says.
     ("something.weight", torch.zeros(1), "something.weight must be absent, not [1]"),
     (BIAS, None, f"{BIAS} must be [32], not absent"),
     (CONV_IN, torch.zeros(0, 3, 3, 3), f"{CONV_IN} must be [32, 3, 3, 3], not [0, 3, 3, 3]"),
     (BLOCK, torch.zeros(32, 32, 9), f"{BLOCK} must be [32, 32, 3, 3], not [32, 32, 9]"),
-]
-for dtype in (torch.int8, torch.bool, torch.complex64):
-    MISFITS.append((BIAS, torch.ones(32, dtype=dtype), f"{BIAS} must be [32], not [32] of {dtype}"))
-for value in (math.nan, math.inf, -math.inf, 1e300):
-    one_value = torch.tensor(31 * [0] + [value], dtype=torch.float64)
-    MISFITS.append((BIAS, one_value, f"{BIAS} that are not finite"))
-
-
-@pytest.mark.parametrize("key, value, says", MISFITS)
+    (BIAS, torch.ones(32, dtype=torch.int8), f"{BIAS} must be [32], not [32] of torch.int8"),
+    (BIAS, torch.tensor(31 * [0.0] + [math.nan]), f"{BIAS} that are not finite"),
+    (BIAS, torch.full((32,), 1e300, dtype=torch.float64), f"{BIAS} that are not finite"),
+])
 def test_a_tensor_that_does_not_fit_is_refused(world, tmp_path, key, value, says):
     for load, name in LOADERS:
         save_changed(world / f"{name}.safetensors", {key: value}, tmp_path / "it")
@@ -488,7 +449,9 @@ def checkpoint(state, tmp_path):
     return tmp_path / "last.ckpt"
 
 
-def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp_path, monkeypatch):
+def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(
+    state, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     state[BIAS] = torch.ones(1).expand(32)
     state[BLOCK] = nn.Parameter(state[BLOCK])
@@ -498,33 +461,22 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(state, tmp
     loss = {"loss.logvar": torch.zeros(1), "loss.name": "lpips"}
     lightning = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": lightning})
-    content = {"state_dict": {**loss, **state}, "epoch": 3, "callbacks": {callback: {}}}
+    content = {"state_dict": {**loss, **state}, "unet": torch.ones(1), "callbacks": {callback: {}}}
     with monkeypatch.context() as patch:  # Lightning is there when it is saved
         for name in ("pytorch_lightning", lightning):
             patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
         torch.save(content, "last.ckpt")
-    vqgan_file.run(["last.ckpt", "it.safetensors"])
+    out = os.fsdecode(b"a\x1b[31m\n\xff.safetensors")
+    vqgan_file.run(["last.ckpt", out])
+    said = capsys.readouterr()
+    assert "behind 'state_dict.'; 1 tensors elsewhere are left out" in said.err
+    assert said.out.count("\n") == 1 and said.out[:-1].isprintable()
+    os.rename(out, "it.safetensors")
     converted = load_file("it.safetensors")
     assert converted.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(converted[name], value.float())
     vqgan_file.load_vqgan("it.safetensors")
-
-
-def test_a_vqgan_is_found_inside_any_checkpoint(state, tmp_path, capsys):
-    content = {"unet": torch.ones(1), "ema": {"first_stage": {"model": state}}}
-    torch.save(content, tmp_path / "it")
-    convert(tmp_path / "it")
-    assert load_file(tmp_path / "it.out").keys() == state.keys()
-    said = "it holds the model behind 'ema.first_stage.model.'; 1 tensors elsewhere are left out\n"
-    assert capsys.readouterr().err.endswith(said)
-
-
-def test_a_dictionary_within_itself_is_one_line(tmp_path):
-    content = {}
-    content["it"] = content
-    torch.save(content, tmp_path / "it")
-    refused(convert, tmp_path / "it", "cannot be read safely (RecursionError)")
 
 
 @pytest.mark.parametrize("value", [
@@ -538,12 +490,16 @@ def test_a_value_that_is_no_ordinary_tensor_is_refused_by_name(state, tmp_path, 
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+WITHIN_ITSELF = {}
+WITHIN_ITSELF["it"] = WITHIN_ITSELF
+
+
 @pytest.mark.parametrize("content, says", [
     ([1, 2], "no state dict"),
     ({"state_dict": [1, 2]}, "must be [512], not absent"),
-    ({"state_dict": {1: torch.ones(1)}}, "must be [512], not absent"),
     ({"state_dict": {}}, "no state dict"),
     ({"a": {CODES: 0}, "b": {CODES: 0}}, f"several models (a.{CODES} and b.{CODES})"),
+    (WITHIN_ITSELF, "cannot be read safely (RecursionError)"),
 ])
 def test_a_checkpoint_of_anything_else_is_refused(tmp_path, content, says):
     torch.save(content, tmp_path / "it")
@@ -576,20 +532,15 @@ def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, paylo
     assert sorted(os.listdir()) == ["alone.ckpt", "beside.ckpt"]
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "hard.ckpt", "soft.ckpt"])
-def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path, name):
+def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path):
     content = checkpoint.read_bytes()
-    os.link(checkpoint, tmp_path / "hard.ckpt")
-    os.symlink(checkpoint, tmp_path / "soft.ckpt")
-    target = tmp_path / name
-    refused(lambda source: vqgan_file.convert(source, target), checkpoint, "both input and output")
-    assert target.read_bytes() == content
-
-
-def test_the_converter_prints_no_raw_name(checkpoint, tmp_path, capsys):
-    vqgan_file.convert(checkpoint, tmp_path / os.fsdecode(b"a\x1b[31m\n\xff.safetensors"))
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out[:-1].isprintable()
+    hard, soft = tmp_path / "hard.ckpt", tmp_path / "soft.ckpt"
+    os.link(checkpoint, hard)
+    os.symlink(checkpoint, soft)
+    for target in (checkpoint, hard, soft):
+        write = functools.partial(vqgan_file.convert, target=target)
+        refused(write, checkpoint, "both input and output")
+        assert target.read_bytes() == content
 
 
 # ------------------------------------------------------------------ reading and writing files
@@ -604,22 +555,17 @@ def test_loaded_weights_do_not_depend_on_the_file_any_more(tmp_path):
     assert module.weight.item() == module.bias.item() == 1
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o077])
-def test_files_get_the_permissions_that_the_umask_gives(tmp_path, umask):
-    before = os.umask(umask)
-    try:
+def test_files_get_the_permissions_that_the_umask_gives_if_there_are_any(tmp_path, monkeypatch):
+    for umask in (0o002, 0o077):
+        before = os.umask(umask)
         gh.write_weights(tmp_path / "it.safetensors", {"a": torch.zeros(1)})
-        gh.write_json(tmp_path / "it.json", {"a": 1})
-    finally:
+        gh.write_json(tmp_path / "it.json", {"a": umask})
         os.umask(before)
-    for file in tmp_path.iterdir():
-        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-def test_a_file_system_without_permissions_is_written_to(tmp_path, monkeypatch):
+        for file in tmp_path.iterdir():
+            assert file.stat().st_mode & 0o777 == 0o666 & ~umask
     monkeypatch.setattr(os, "chmod", fails(PermissionError(1, "Operation not permitted")))
-    gh.write_json(tmp_path / "it.json", {"a": 1})
-    assert json.loads((tmp_path / "it.json").read_text()) == {"a": 1}
+    gh.write_json(tmp_path / "it.json", "new")
+    assert json.loads((tmp_path / "it.json").read_text()) == "new"
 
 
 def test_what_is_not_synced_is_not_moved_into_place_and_leaves_nothing(tmp_path, monkeypatch):
@@ -694,10 +640,6 @@ def test_a_mistake_in_a_data_worker_is_one_line(capsys):
     assert command(capsys, lambda argv: list(loader)) == (2, "it.py: it is cut\n")
 
 
-def test_a_wrong_usage_of_the_converter_is_one_line():
-    refused(lambda _: vqgan_file.run(["last.ckpt"]), "OUT.safetensors", "--help lists all options")
-
-
 # ------------------------------------------------------------------ what trains, what is returned
 
 EITHER = (False, True)
@@ -729,11 +671,6 @@ def test_a_stage_trains_what_it_says_and_that_alone_is_in_training_mode(
             for name, part in model.named_children():
                 expected = mode is not False and name in parts
                 assert {module.training for module in part.modules()} == {expected}, name
-
-
-def test_the_state_is_that_of_the_four_parts(world):
-    names = {name.split(".")[0] for name in tiny_model(world).state_dict()}
-    assert names == {"visual", "autoencoder", "denoiser", "projectors"}
 
 
 def inputs_of(module):
@@ -790,35 +727,41 @@ def encode_as(model, codes):
 
 
 def test_rectified_flow_from_images_to_loss(world):
+    """x_t = (1 - t) x + t eps, and the loss is the mean of (v - (eps - x))^2."""
     model = tiny_model(world)
     latents, images = torch.randn(16, 4, 8, 8), torch.rand(16, 3, 32, 32)
+    velocity = torch.randn(16, 4, 8, 8)
     given = encode_as(model, latents)
-    model.denoiser = Fake(lambda x, *_: torch.zeros_like(x), model.denoiser.config)
+    condition = {"context": "context", "vec": "vec", "context_ids": "ids"}
+    model.condition = lambda _: condition
+    model.denoiser = Fake(lambda *_: velocity, model.denoiser.config)
     losses, levels = model(images)
-    noisy, t, context, vec, _ = model.denoiser.calls[0]
+    noisy, t, context, vec, others = model.denoiser.calls[0]
+    assert {"context": context, "vec": vec, **others} == condition
     time = t.view(-1, 1, 1, 1)
     noise = (noisy - (1 - time) * latents) / time
     assert_close(given[0], 2 * images - 1, 1e-6)
     assert_uniform(torch.special.ndtr(noise.flatten()))
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
-    assert_close(losses, (noise - latents).square().mean((1, 2, 3)), 1e-3)
+    assert_close(losses, (velocity - (noise - latents)).square().mean((1, 2, 3)), 1e-3)
     assert torch.equal(levels, t)
     assert len(levels.unique()) == 16
 
 
 def test_masked_tokens_from_images_to_loss(world):
+    """Each image's loss is its mean over its masked tokens, in float32."""
     model = tiny_model(world, "perceiver")
     indices, images = torch.randint(64, (3, 16, 16)), torch.rand(3, 3, 32, 32)
     given = encode_as(model, indices)
-    table = torch.randn(3, 256, 64)
+    table = torch.randn(3, 256, 64).bfloat16()
     model.denoiser = Fake(lambda *_: table)
     losses, levels = model(images)
     tokens, mask, _, _ = model.denoiser.calls[0]
     assert_close(given[0], 2 * images - 1, 1e-6)
     assert torch.equal(tokens, indices.view(3, 256))  # row by row
-    surprise = F.cross_entropy(table[mask], tokens[mask], reduction="none")
-    of_images = surprise.split(mask.sum(1).tolist())
-    assert losses.tolist() == pytest.approx([part.mean().item() for part in of_images])
+    surprise = F.cross_entropy(table[mask].double(), tokens[mask], reduction="none")
+    by_hand = [part.mean().item() for part in surprise.split(mask.sum(1).tolist())]
+    assert losses.tolist() == pytest.approx(by_hand, rel=1e-5)
     assert torch.equal(levels, mask.sum(1) / 256)
     assert len(levels.unique()) == 3
 
@@ -837,7 +780,8 @@ def test_losses_times_and_images_are_float32_under_autocast(world):
             dtypes += [tensor.dtype for tensor in either(torch.rand(2, 3, 32, 32))]
     half = torch.zeros(4, dtype=torch.bfloat16)
     dtypes += [gh.to_unit_range(half).dtype, gh.timestep_embedding(half).dtype]
-    assert dtypes == 10 * [torch.float32]
+    dtypes += [gh.RMSNorm(4).bfloat16()(half).dtype]
+    assert dtypes == 11 * [torch.float32]
 
 
 def test_the_levels_are_distributed_as_asked_for(world):
@@ -862,21 +806,6 @@ def test_an_images_loss_is_its_own(world, kind):
     beside_others = seeded(model, torch.cat([images[:1], torch.rand(2, 3, 32, 32)]))
     assert beside_others[0].item() == pytest.approx(losses[0].item(), rel=1e-4)
     assert (beside_others[1:] - losses[1:]).abs().min() > 1e-4
-
-
-# OpenAI's preprocessing, as its repository and its hub's preprocessor_config.json have it.
-OPENAI_MEAN_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-
-
-@both_denoisers
-@pytest.mark.parametrize("control", [False, True])
-def test_the_tower_is_given_images_or_controls_less_clips_mean_over_its_std(world, kind, control):
-    model = tiny_model(world, kind).set_stage(1)
-    images, others = torch.rand(2, 2, 3, 32, 32)
-    calls = inputs_of(model.visual)
-    model(images, others) if control else model(images)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in OPENAI_MEAN_STD)
-    assert_close(calls[0][0], ((others if control else images) - mean) / std, 1e-6)
 
 
 def attributes(model):
@@ -928,7 +857,7 @@ def test_checkpointing_gives_the_same_gradients(world, kind):
 
 @both_families
 def test_features_are_the_towers_and_patch_tokens_its_last_layers_after_its_norm(world, clip):
-    visual = load_visual(world, clip)
+    visual = tiny_model(world, clip=clip).visual
     if clip == "tiny-clip":
         block, norm, class_tokens = visual.transformer.resblocks[-1], visual.ln_post, 1
     else:
@@ -949,16 +878,24 @@ def test_the_tower_keeps_no_graph_where_none_is_wanted(world):
         assert not tiny_model(world).set_stage(2).encode_clip(images)[0].requires_grad
 
 
+@both_denoisers
+@pytest.mark.parametrize("control", EITHER)
 @torch.no_grad()
-def test_without_local_tokens_the_condition_is_cls_alone_not_normalised(world):
-    images = torch.rand(2, 3, 32, 32)
-    rf, perceiver = tiny_model(world, "rf"), tiny_model(world, "perceiver")
-    cls = rf.visual((images - rf.mean) / rf.std)
-    condition = rf.condition(images)
-    assert set(condition) == {"context", "vec"}
-    assert_close(condition["context"], rf.projectors["context"](cls)[:, None], 1e-6)
-    assert_close(condition["vec"], rf.projectors["vec"](cls), 1e-6)
-    assert_close(perceiver.condition(images), perceiver.projectors["context"](cls)[:, None], 1e-6)
+def test_the_condition_is_cls_alone_of_the_images_or_of_controls(world, kind, control):
+    """The tower is given pixels less CLIP's mean over its std; [CLS] is not normalised."""
+    model = tiny_model(world, kind)
+    answers = {"rf": lambda x, *_: x, "perceiver": lambda *_: torch.zeros(2, 256, 64)}
+    model.denoiser = Fake(answers[kind], model.denoiser.config)
+    images, others = torch.rand(2, 2, 3, 32, 32)
+    model(images, others if control else None)
+    openais = PROCESSORS["tiny-clip"]
+    mean, std = [torch.tensor(openais[key]).view(3, 1, 1) for key in ("image_mean", "image_std")]
+    cls = model.visual(((others if control else images) - mean) / std)
+    _, _, *condition, more = model.denoiser.calls[0]
+    names = ["context", "vec"] if kind == "rf" else ["context"]
+    for name, tensor in zip(names, condition, strict=True):
+        assert_close(tensor.squeeze(1), model.projectors[name](cls), 1e-6)
+    assert not any(more.values())  # no positions of local tokens
 
 
 @torch.no_grad()
@@ -1048,20 +985,19 @@ def test_euler_steps_reach_the_truth(world):
     torch.testing.assert_close(times, expected.expand(7, 3))
 
 
-@pytest.mark.parametrize("options, hidden", [
-    ({"steps": 8}, [int(256 * math.cos(math.pi / 2 * step / 8)) for step in range(8)]),
-    ({}, [int(256 * math.cos(math.pi / 2 * step / 20)) for step in range(20)]),
-    ({"steps": 1}, [256]),
-    ({"steps": 1, "mask_ratio": 0.75}, [192]),
-    ({"steps": 40, "mask_ratio": 0.1}, [int(26 * math.cos(math.pi / 80 * s)) for s in range(40)]),
+@pytest.mark.parametrize("options, start, steps", [
+    ({}, 256, 20),
+    ({"steps": 1, "mask_ratio": 0.75}, 192, 1),
+    ({"steps": 40, "mask_ratio": 0.1}, 26, 40),
 ])
-def test_masked_decoding_follows_the_cosine_schedule_to_the_truth(world, options, hidden):
+def test_masked_decoding_follows_the_cosine_schedule_to_the_truth(world, options, start, steps):
     """By a denoiser that is sure of the true tokens."""
     images = torch.rand(3, 3, 32, 32)
     model = tiny_model(world, "perceiver")
     truth = model.autoencoder.encode(2 * images - 1)
     model.denoiser = Fake(lambda *_: 1000.0 * F.one_hot(truth.flatten(1), 64))
     assert_close(model.reconstruct(images, **options), decoded(model, truth))
+    hidden = [int(start * math.cos(math.pi / 2 * step / steps)) for step in range(steps)]
     masks = [mask.sum(1).tolist() for _, mask, _, _ in model.denoiser.calls]
     assert masks == [3 * [count] for count in hidden]
 
@@ -1091,19 +1027,6 @@ def fill_in(world, shape, logits, **options):
     return result, [mask for _, mask, _, _ in model.denoiser.calls]
 
 
-def equally_likely(counts):
-    """Logits (N, 64): at position j, counts[j] codes are equally likely, so each is as sure."""
-    impossible = torch.arange(64) >= counts[:, None]
-    return torch.zeros(impossible.shape).masked_fill(impossible, -torch.inf)
-
-
-def test_masked_decoding_keeps_the_surest_tokens(world):
-    surer_to_the_right = equally_likely(64 - torch.arange(64))
-    _, masks = fill_in(world, (2, 64), surer_to_the_right, steps=2, temperature=0.0)
-    expected = torch.arange(64) < int(64 * math.cos(math.pi / 4))
-    assert torch.equal(masks[1], expected.expand(2, 64))
-
-
 @pytest.mark.parametrize("options, weight", [
     ({"steps": 2, "temperature": 2.0}, 1),
     ({"steps": 4, "temperature": 2.0}, 1.5),
@@ -1111,8 +1034,9 @@ def test_masked_decoding_keeps_the_surest_tokens(world):
 ])
 def test_noise_lets_less_sure_tokens_win(world, options, weight):
     """Of tokens with probabilities 1, 1/4 and 1/4, Gumbel noise chooses as Luce's rule says."""
-    likely = equally_likely(torch.tensor([1, 4, 4]))
-    _, masks = fill_in(world, (20_000, 3), likely, **options)
+    counts = torch.tensor([[1], [4], [4]])  # of the codes that are equally likely
+    logits = torch.where(torch.arange(64) < counts, 0.0, -torch.inf)
+    _, masks = fill_in(world, (20_000, 3), logits, **options)
     share = (~masks[1][:, 0]).double().mean().item()
     by_luce = 1 / (1 + 2 * 0.25 ** (1 / weight))
     assert share == pytest.approx(by_luce, abs=0.014)  # 4 standard errors
@@ -1142,59 +1066,27 @@ def test_reconstructions_are_images_and_take_no_part_in_training(world, kind):
 # ------------------------------------------------------------------ the equations
 
 
-def masked_example(logits_of):
-    """Three images of ten tokens, from seven codes, of which 1, 5 and 7 are masked: the losses."""
-    indices = torch.randint(7, (3, 10))
-    mask = torch.arange(10) < torch.tensor([[1], [5], [7]])
-    logits = logits_of(indices)
-    return gh.masked_token_loss(logits, indices, mask), logits, indices, mask
-
-
-def flow_loss(velocity, data, noise, t=0.5):
-    """The flow loss of an image whose predicted velocity is known, and the inputs of that."""
-    tensors = [torch.as_tensor(x).view(1, -1, 1, 1) for x in (velocity, data, noise)]
-    denoiser = Fake(lambda *_: tensors[0])
-    t = torch.tensor([t])
-    loss = gh.rectified_flow_loss(denoiser, tensors[1], "context", "vec", t, tensors[2], "ids")
-    return loss, denoiser.calls[0]
-
-
 def mask_counts(ratio, n):
     return gh.sample_masks(3, n, ratio, ratio).sum(1)
 
 
-ONE = torch.ones(1, dtype=torch.bfloat16)
 SMALL = torch.tensor([1e-3, -1e-3])  # its mean square is FLUX's epsilon, 1e-6
 POSITION = [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]
 POSITION += [math.sin(5), math.sin(0.05), math.cos(5), math.cos(0.05)]
 BY_HAND = {
-    "x_t = (1 - t) x + t eps": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][0], [4.0]),
-    "x_t at t = 0 is the data": (lambda: flow_loss(0.0, 2.0, 10.0, 0.0)[1][0], [2.0]),
-    "the denoiser is given t": (lambda: flow_loss(0.0, 2.0, 10.0, 0.25)[1][1], [0.25]),
-    "(v - (eps - x))^2 = 0": (lambda: flow_loss(8.0, 2.0, 10.0)[0], [0.0]),
-    "(v - (eps - x))^2": (lambda: flow_loss(5.0, 2.0, 10.0)[0], [9.0]),
-    "the loss is a mean": (lambda: flow_loss([5.0, 8.0], [2.0, 2.0], [10.0, 10.0])[0], [4.5]),
     "a mask hides the rounded share": (lambda: mask_counts(0.75, 25), 3 * [19]),
     "a mask hides at least one": (lambda: mask_counts(0.01, 9), 3 * [1]),
-    "a mask of none hides one": (lambda: mask_counts(0.0, 9), 3 * [1]),
     "a mask hides all": (lambda: mask_counts(1, 9), 3 * [9]),
-    "knowing nothing": (
-        lambda: masked_example(lambda _: torch.zeros(3, 10, 7))[0], 3 * [math.log(7)],
-    ),
-    "knowing all": (lambda: masked_example(lambda s: 100.0 * F.one_hot(s, 7))[0], 3 * [0.0]),
     "images": (lambda: gh.to_unit_range(torch.tensor([-3, -1, 0, 1, 3])), [0, 0, 0.5, 1, 1]),
-    "images in float32": (lambda: gh.to_unit_range(2**-8 * ONE), [0.501953125]),
     "1000 t": (
-        lambda: gh.timestep_embedding(0.375 * ONE)[0, [0, 128]],  # in float32
+        lambda: gh.timestep_embedding(torch.tensor([0.375]).bfloat16())[0, [0, 128]],
         [math.cos(375), math.sin(375)],
     ),
-    "sin-cos position": (lambda: gh.sincos_embedding(torch.tensor([3, 5]), 8), POSITION),
-    "tokens run along the rows": (
+    "sin-cos positions run along the rows": (
         lambda: gh.sincos_embedding(gh.grid_positions(6, 6, "cpu"), 8)[23], POSITION,
     ),
     "epsilon of the RMSNorm": (lambda: gh.RMSNorm(2)(SMALL), [0.5**0.5, -(0.5**0.5)]),
     "epsilon of the LayerNorm": (lambda: gh.modulate(SMALL, 0, 0), [0.5**0.5, -(0.5**0.5)]),
-    "(1 + scale) x + shift": (lambda: gh.modulate(SMALL, 3, 1), [3 + 2**0.5, 3 - 2**0.5]),
 }
 
 
@@ -1202,18 +1094,6 @@ BY_HAND = {
 def test_equations_by_hand(what):
     compute, expected = BY_HAND[what]
     assert compute().flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_the_flow_loss_hands_the_condition_on():
-    *_, context, vec, others = flow_loss(0.0, 2.0, 10.0)[1]
-    assert (context, vec, others) == ("context", "vec", {"context_ids": "ids"})
-
-
-def test_the_masked_loss_is_each_images_mean_over_its_masked_tokens_in_float32():
-    losses, logits, indices, mask = masked_example(lambda _: torch.randn(3, 10, 7).bfloat16())
-    surprise = -logits[mask].double().log_softmax(-1)
-    by_hand = surprise.gather(1, indices[mask][:, None])[:, 0].split([1, 5, 7])
-    assert losses.tolist() == pytest.approx([part.mean().item() for part in by_hand], rel=1e-5)
 
 
 def assert_uniform(values):
@@ -1228,12 +1108,7 @@ def assert_uniform(values):
 def logit_normal(*scale):
     """20,000 timesteps t, as P(T < t) = Phi(logit(t) / s), which is uniform; s = 1 by default."""
     t = gh.sample_timesteps(20_000, *scale).double()
-    # At large scales float32 rounds many to 0 and 1, which are clamped: judge the inside.
-    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
-    inside = t[(t > ends[0]) & (t < ends[1])]
-    scale = scale[0] if scale else 1
-    low, high = torch.special.ndtr(torch.logit(ends) / scale)
-    return (torch.special.ndtr(torch.logit(inside) / scale) - low) / (high - low)
+    return torch.special.ndtr(torch.logit(t) / (scale[0] if scale else 1))
 
 
 def mask_ratios():
@@ -1248,9 +1123,7 @@ def mask_ratios():
 @pytest.mark.parametrize("draw", [
     logit_normal,
     lambda: logit_normal(0.1),
-    lambda: logit_normal(0.5),
     lambda: logit_normal(5),
-    lambda: logit_normal(10),
     lambda: gh.sample_timesteps(20_000, 1.0, "uniform").double(),
     mask_ratios,
 ])
@@ -1282,7 +1155,7 @@ def loras_of(visual):
 
 def with_lora(world, name):
     """A visual tower in eval mode whose adapters, of rank 2 and alpha 6, do something."""
-    visual = load_visual(world, name)
+    visual = tiny_model(world, clip=name).visual
     gh.inject_lora(visual, rank=2, alpha=6)
     for lora in loras_of(visual):
         nn.init.normal_(lora.lora_B, std=0.1)
@@ -1298,7 +1171,7 @@ def layout(module):
 @pytest.mark.parametrize("clip, matrices", [("tiny-clip", 2 * 6 + 1), ("tiny-siglip", 2 * 6 + 6)])
 def test_lora_is_on_every_matrix_as_the_paper_sets_it_and_trains_alone(world, clip, matrices):
     """App. B: rank 16, alpha 16, dropout 0.1. A and B start as in the code of Hu et al."""
-    visual = load_visual(world, clip).requires_grad_(True)
+    visual = tiny_model(world, clip=clip).visual.requires_grad_(True)
     assert gh.inject_lora(visual) == matrices
     assert sum(lora.parts for lora in loras_of(visual)) == matrices
     for lora in loras_of(visual):
@@ -1312,21 +1185,9 @@ def test_lora_is_on_every_matrix_as_the_paper_sets_it_and_trains_alone(world, cl
 
 @both_families
 @torch.no_grad()
-def test_before_training_lora_keeps_the_features_and_the_mode(world, clip):
-    x = torch.randn(2, 3, 32, 32)
-    for mode in (True, False):
-        visual = load_visual(world, clip).train(mode)
-        before = visual(x)
-        gh.inject_lora(visual)
-        assert {module.training for module in visual.modules()} == {mode}
-        assert_close(visual(x), before, 1e-5)
-
-
-@both_families
-@torch.no_grad()
 def test_lora_equals_its_definition_and_merges_into_the_matrices_alone(world, clip):
     """Each matrix W becomes W + alpha / rank B A, as each of several that are packed does."""
-    visual, original = with_lora(world, clip), load_visual(world, clip)
+    visual, original = with_lora(world, clip), tiny_model(world, clip=clip).visual
     x = torch.randn(2, 3, 32, 32)
     adapted = visual(x)
     assert_close(gh.encode_with_patches(visual, x)[0], adapted, 1e-6)
@@ -1349,24 +1210,6 @@ def test_lora_equals_its_definition_and_merges_into_the_matrices_alone(world, cl
         assert after[name].is_contiguous()
 
 
-def test_lora_on_attention_keeps_its_mask():
-    original = nn.MultiheadAttention(8, 2, batch_first=True)
-    lora = gh.LoRAAttention(original, rank=2, alpha=6, dropout=0.0)
-    x = torch.randn(2, 5, 8)
-    later = torch.full((5, 5), -torch.inf).triu(1)
-    assert_close(lora(x, attn_mask=later)[0], original(x, x, x, attn_mask=later)[0], 1e-5)
-
-
-@both_families
-def test_every_adapter_gets_a_gradient(world, clip):
-    visual = with_lora(world, clip).train()
-    visual(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    for lora in loras_of(visual):
-        # Packed matrices, as q, k and v, have an adapter each.
-        for gradient in (*lora.lora_A.grad.split(2), *lora.lora_B.grad):
-            assert gradient.any()
-
-
 @torch.no_grad()
 def test_lora_drops_inputs_of_its_adapter_alone():
     lora = gh.LoRALinear(nn.Linear(3, 1), rank=1, alpha=1, dropout=0.5)
@@ -1385,13 +1228,8 @@ def test_lora_drops_inputs_of_its_adapter_alone():
 def test_flux_equals_fluxs_own_code(case):
     tensors = golden("flux_tiny")
     config = gh.FluxConfig(
-        vec_in_dim=32,
-        context_in_dim=48,
-        hidden_size=96,
-        num_heads=4,
-        depth=2,
-        depth_single_blocks=3,
-        axes_dim=(8, 8, 8),
+        vec_in_dim=32, context_in_dim=48, hidden_size=96, num_heads=4,
+        depth=2, depth_single_blocks=3, axes_dim=(8, 8, 8),
     )
     flux = fill(gh.Flux(config), 0.1)
     names = ("latent", f"{case}.timesteps", f"{case}.context", f"{case}.vec")
@@ -1416,13 +1254,6 @@ def test_rotary_positions_turn_complex_numbers():
     assert_close(gh.rotate(x, cos[0, 0], sin[0, 0]), torch.view_as_real(turned).flatten(1), 1e-5)
 
 
-def test_queries_and_keys_are_normalised_in_float32():
-    x = torch.randn(3, 8).bfloat16()
-    normed = gh.RMSNorm(8).bfloat16()(x)
-    assert normed.dtype == torch.float32
-    assert_close(normed, math.sqrt(8) * F.normalize(x.float(), dim=-1), 1e-5)
-
-
 def test_the_defaults_are_the_published_ones(world):
     published = [  # what no count of parameters shows
         (gh.FluxConfig(), {"num_heads": 24, "axes_dim": (16, 56, 56), "theta": 10_000}),  # dev's
@@ -1434,29 +1265,6 @@ def test_the_defaults_are_the_published_ones(world):
     ]
     for holder, values in published:
         assert {name: getattr(holder, name) for name in values} == values
-
-
-def test_flux_has_the_published_layout():
-    with open(os.path.join(GOLDEN, "keys_flux_2_4.json")) as file:
-        published = json.load(file)
-    with torch.device("meta"):
-        tensors = gh.Flux(gh.FluxConfig()).state_dict().items()
-    assert {name: list(tensor.shape) for name, tensor in tensors} == published["shapes"]
-
-
-def count_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("module, parameters", [
-    (lambda: gh.Flux(gh.FluxConfig()), 1_310_154_816),  # the paper's 1.31B
-    (lambda: gh.Flux(gh.FluxConfig(depth=19, depth_single_blocks=38)), 11_901_408_320),  # FLUX.1
-    # The two projectors of a [CLS] of 768, as the official code has them.
-    (lambda: nn.ModuleList(gh.Projector(768, width) for width in (768, 4096)), 21_115_392),
-])
-def test_modules_have_their_published_size(module, parameters):
-    with torch.device("meta"):
-        assert count_parameters(module()) == parameters
 
 
 # ------------------------------------------------------------------ the discrete denoiser
@@ -1556,83 +1364,53 @@ def full_size(name):
         return eval_mmvp.create_clip(*find_backbone(name))
 
 
-@pytest.mark.parametrize("name, side, patches, activation, sizes", [
-    # The sizes: parameters of the model and of its visual tower, LoRA's matrices and parameters.
-    ("openai-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
-    ("openai-l14-336", 336, 576, "quick_gelu", [427_944_193, 304_293_888, 145, 7_106_560]),
-    ("metaclip-l14-224", 224, 256, "quick_gelu", [427_616_513, 303_966_208, 145, 7_106_560]),
-    ("metaclip-h14-224", 224, 256, "quick_gelu", [986_109_441, 632_076_800, 193, 11_833_344]),
-    ("siglip-so400m-224", 224, 256, "gelu", [877_360_306, 427_680_704, 168, 9_017_344]),
-    ("siglip-so400m-384", 384, 729, "gelu", [877_960_498, 428_225_600, 168, 9_017_344]),
+@pytest.mark.parametrize("name, activation, mean, resize, sizes", [
+    # As open_clip publishes them, whose configurations name no activation. The sizes: the side in
+    # pixels, the patches, the model's and its visual tower's parameters, LoRA's matrices and its.
+    ("openai-l14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 427_616_513, 303_966_208, 145, 7_106_560]),
+    ("openai-l14-336", "quick_gelu", OPENAI, "shortest",
+     [336, 576, 427_944_193, 304_293_888, 145, 7_106_560]),
+    ("metaclip-l14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 427_616_513, 303_966_208, 145, 7_106_560]),
+    ("metaclip-h14-224", "quick_gelu", OPENAI, "shortest",
+     [224, 256, 986_109_441, 632_076_800, 193, 11_833_344]),
+    ("siglip-so400m-224", "gelu", SIGLIPS, "squash",
+     [224, 256, 877_360_306, 427_680_704, 168, 9_017_344]),
+    ("siglip-so400m-384", "gelu", SIGLIPS, "squash",
+     [384, 729, 877_960_498, 428_225_600, 168, 9_017_344]),
+    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest", []),
+    ("ViT-L-14:laion2b_s32b_b82k", "gelu", SIGLIPS, "shortest", []),
+    ("ViT-g-14:laion2b_s34b_b88k", "gelu", OPENAI, "shortest", []),
+    ("ViT-gopt-16-SigLIP2-256:webli", "gelu_pytorch_tanh", SIGLIPS, "squash", []),
 ])
-def test_the_six_backbones_are_the_papers_with_lora_and_in_huggingfaces_format(
-    name, side, patches, activation, sizes
-):
+def test_what_a_published_tag_says_is_computed_and_exported(name, activation, mean, resize, sizes):
     assert open_clip.is_pretrained_cfg(*find_backbone(name))
     clip = full_size(name)
-    assert gh.image_side(clip.visual) == side
-    images = torch.empty(1, 3, side, side, device="meta")
-    assert gh.encode_with_patches(clip.visual, images)[1].shape[1] == patches
+    eval_mmvp.check_export(name, clip)
     config = eval_mmvp.hf_config(clip)
     for tower in ("vision_config", "text_config"):
         assert config[tower]["hidden_act"] == activation
-    eval_mmvp.check_export(name, clip)
-    of_both = [count_parameters(clip), count_parameters(clip.visual)]
-    assert sum(tensor.numel() for tensor in eval_mmvp.hf_weights(clip).values()) == of_both[0]
-    before = layout(clip.visual)
-    matrices = gh.inject_lora(clip.visual)
-    of_lora = sum(p.numel() for p in clip.visual.parameters() if p.requires_grad)
-    assert [*of_both, matrices, of_lora] == sizes
-    assert layout(gh.merge_lora(clip.visual)) == before
-
-
-@pytest.mark.parametrize("name, activation, mean, resize", [
-    # As open_clip publishes them; the models' own configurations name no activation.
-    ("ViT-L-14:openai", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:metaclip_400m", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-L-14:dfn2b", "quick_gelu", OPENAI, "shortest"),
-    ("ViT-B-32:laion2b_s34b_b79k", "gelu", OPENAI, "shortest"),
-    ("ViT-L-14:laion2b_s32b_b82k", "gelu", SIGLIPS, "shortest"),
-    ("ViT-B-16-SigLIP:webli", "gelu", SIGLIPS, "squash"),
-    ("ViT-g-14:laion2b_s34b_b88k", "gelu", OPENAI, "shortest"),
-    ("ViT-gopt-16-SigLIP2-256:webli", "gelu_pytorch_tanh", SIGLIPS, "squash"),
-])
-def test_what_a_published_tag_says_is_computed_and_exported(name, activation, mean, resize):
-    clip = full_size(name)
-    eval_mmvp.check_export(name, clip)
-    assert eval_mmvp.hf_config(clip)["vision_config"]["hidden_act"] == activation
     assert tuple(clip.visual.preprocess_cfg["mean"]) == mean
     assert clip.visual.preprocess_cfg["resize_mode"] == resize
-
-
-@timm.models.register_model
-def tiny_siglip2_tower(**options):
-    return tiny_siglip_tower(act_layer="gelu_tanh", **options)
-
-
-MORE = {
-    "tiny-gelu": TINY_CLIP | {"quick_gelu": False},
-    "tiny-siglip2": copy.deepcopy(TINY_SIGLIP),
-}
-MORE["tiny-siglip2"]["vision_cfg"]["timm_model_name"] = "tiny_siglip2_tower"
-MORE["tiny-siglip2"]["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
-LOOK = {"mean": [0.1] * 3, "std": [0.2] * 3, "resize_mode": "squash", "interpolation": "bilinear"}
-
-
-@pytest.fixture(scope="module")
-def more(world):
-    """Two tiny models with other activations; tiny-gelu has a tag, "it", which says QuickGELU."""
-    for name, config in MORE.items():
-        (world / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(world / f"{name}.json")
-        eval_mmvp.BACKBONES[name] = f"{name}:no tag"
-    open_clip.pretrained._PRETRAINED["tiny-gelu"] = {"it": {"quick_gelu": True, **LOOK}}
-    return world
+    if sizes:
+        side = gh.image_side(clip.visual)
+        images = torch.empty(1, 3, side, side, device="meta")
+        patches = gh.encode_with_patches(clip.visual, images)[1].shape[1]
+        parameters = [count_parameters(clip), count_parameters(clip.visual)]
+        before = layout(clip.visual)
+        matrices = gh.inject_lora(clip.visual)
+        of_lora = sum(p.numel() for p in clip.visual.parameters() if p.requires_grad)
+        assert [side, patches, *parameters, matrices, of_lora] == sizes
+        merged = gh.merge_lora(clip.visual)
+        assert layout(merged) == before
+        exported = eval_mmvp.hf_weights(clip).values()
+        assert sum(tensor.numel() for tensor in exported) == parameters[0]
 
 
 @pytest.mark.parametrize("way", ["downloaded", "local", "random"])
-def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monkeypatch, way):
-    path = str(more / "tiny-clip.safetensors")
+def test_features_and_images_are_the_tags_whencever_the_weights_come(world, monkeypatch, way):
+    path = str(world / "tiny-clip.safetensors")
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: path)
     weights = path if way == "local" else None
     clip, preprocess, _ = load_clip("tiny-gelu:it", weights, random=way == "random")
@@ -1645,35 +1423,27 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(more, monke
     image = noise_image(np.random.default_rng(0), 48, 64)
     theirs = open_clip.transform.image_transform_v2(look, is_train=False)(image)
     assert torch.equal(preprocess(image), theirs)
-    assert eval_mmvp.hf_config(clip)["vision_config"]["hidden_act"] == "quick_gelu"
     assert eval_mmvp.hf_preprocessor(clip.visual.preprocess_cfg)["resample"] == 2  # bilinear
 
 
-def test_a_clip_comes_frozen_in_float32_with_preprocessing_and_tokenizer(world, tmp_path):
+def test_a_clip_comes_frozen_in_float32(world, tmp_path):
     half = {name: x.half() for name, x in load_file(world / "tiny-clip.safetensors").items()}
     save_file(half, tmp_path / "half.safetensors")
-    clip, preprocess, tokenizer = load_clip("tiny-clip", tmp_path / "half.safetensors")
+    clip = load_clip("tiny-clip", tmp_path / "half.safetensors")[0]
     assert not clip.training
     for parameter in clip.parameters():
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
-    assert clip.visual.preprocess_cfg["resize_mode"] == "shortest"
-    black = preprocess(Image.new("RGB", (64, 32)))[:, 0, 0]
-    assert black.tolist() == pytest.approx([-1.7923, -1.7521, -1.4802], abs=1e-4)  # -mean / std
-    assert tokenizer(["a cat", "two cats"]).shape == (2, 77)
 
 
 @pytest.mark.parametrize("name, file, says", [
     ("nonsense", None, "unknown backbone 'nonsense': choose from openai-l14-224"),
     ("ViT-L-14:nonsense", None, "give ViT-L-14:TAG with one of its tags (openai, "),
     ("ViT-B-32:opnai", "tiny-clip.safetensors", "'ViT-B-32:opnai' has no known tag"),
-    ("ViT-B-16-SigLIP", "tiny-siglip.safetensors", "with one of its tags (webli)"),
     ("ViT-S-16", "tiny-clip.safetensors", "it has none: choose another model"),
-    ("tiny-clip", "nowhere.pt", "nowhere.pt': name a file or a folder"),
     ("tiny-clip", "data", "data is neither in open_clip's nor in Hugging Face's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
-    ("tiny-clip", "tiny-clip.json", "tiny-clip.json cannot be read safely"),
     ("tiny-siglip", "hf/tiny-clip", "logit_bias must be [1], not absent"),
     ("tiny-clip", "hf/tiny-siglip", "logit_bias must be absent, not [1]"),
 ])
@@ -1738,7 +1508,6 @@ BESIDE = {  # what a training program saves beside its weights, and runs nothing
     # The prefix of the CLIP's names, the name of the state dict, how many tensors stand beside.
     ("", None, 0),
     ("model.vision_tower.", None, 2),
-    ("module.", "state_dict", 1),
     ("module._orig_mod.", "model_state_dict", 1),
     ("class_model.model.", "clip", 4),
 ])
@@ -1757,7 +1526,7 @@ def test_a_clip_behind_a_prefix_is_found(world, tmp_path, capsys, clip, prefix, 
 
 
 def test_a_clip_with_batch_norm_comes_with_its_counters(world, tmp_path):
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
     (tmp_path / "tiny-resnet.json").write_text(json.dumps(TINY_CLIP | {"vision_cfg": vision}))
     open_clip.add_model_config(tmp_path / "tiny-resnet.json")
     open_clip.pretrained._PRETRAINED["tiny-resnet"] = {"it": {}}
@@ -1770,20 +1539,15 @@ def test_a_clip_with_batch_norm_comes_with_its_counters(world, tmp_path):
     assert loaded.visual.bn1.num_batches_tracked.dtype == torch.int64
 
 
-K_WEIGHT = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
-
-
-@pytest.mark.parametrize("name, value, says", [
-    (K_WEIGHT, None, f"{K_WEIGHT} must be [64, 64], not absent"),
-    (K_WEIGHT, torch.zeros(64, 32), f"{K_WEIGHT} must be [64, 64], not [64, 32]"),
-    (K_WEIGHT, torch.full((64, 64), math.nan), f"{K_WEIGHT} that are not finite"),
-    ("text_model.more", torch.zeros(1), "text_model.more must be absent, not [1]"),
-    ("ema.visual.ln_post.bias", torch.zeros(1), "several models (ema.visual.ln_post.bias and "),
-])
-def test_a_spoilt_clip_is_refused(exported, tmp_path, name, value, says):
+def test_a_file_of_several_clips_is_refused_and_one_that_does_not_fit(exported, tmp_path):
     weights = exported / "tiny-clip" / "model.safetensors"
-    save_changed(weights, {name: value}, tmp_path / "it.safetensors")
-    refused(lambda path: load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
+    key = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
+    for name, value, says in (
+        (key, torch.zeros(64, 32), f"{key} must be [64, 64], not [64, 32]"),
+        ("ema.visual.ln_post.bias", torch.zeros(1), "several models (ema.visual.ln_post.bias and "),
+    ):
+        save_changed(weights, {name: value}, tmp_path / "it.safetensors")
+        refused(lambda path: load_clip("tiny-clip", path), tmp_path / "it.safetensors", says)
 
 
 class WritesAFile(nn.Module):
@@ -1799,16 +1563,6 @@ class WritesAFile(nn.Module):
         self.training = state
 
 
-def bare(module):
-    """A module's parameters, in fp16, and its children's, without their code."""
-    result = nn.Module()
-    for name, parameter in module.named_parameters(recurse=False):
-        result.register_parameter(name, nn.Parameter(parameter.half(), requires_grad=False))
-    for name, child in module.named_children():
-        result.add_module(name, bare(child))
-    return result
-
-
 def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, monkeypatch):
     """ViT-L-14.pt is a TorchScript module like this one: fp16, and three integers."""
     models = open_clip.list_pretrained_models_by_tag("openai")
@@ -1817,8 +1571,9 @@ def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, m
         address = open_clip.get_pretrained_cfg(name, "openai")["url"]
         assert re.search("/[0-9a-f]{64}/", address)
     clip = load_tiny(world)
-    module = bare(clip)
+    module = copy.deepcopy(clip).half()
     for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(module).pop(name, None)
         module.register_buffer(name, torch.tensor(32))
     path = tmp_path / "ViT.pt"
     torch.jit.script(module).save(path)
@@ -1859,7 +1614,7 @@ def shrunk(name, folder):
 @pytest.mark.parametrize("name", [
     *eval_mmvp.BACKBONES, "tiny-gelu:it", "ViT-L-14:openai", "ViT-L-14:laion2b_s32b_b82k",
 ])
-def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatch, name):
+def test_open_clip_opens_an_exported_folder_by_itself(world, tmp_path, monkeypatch, name):
     """Features, pixels and tokens are those of the CLIP that was exported, with no network."""
     monkeypatch.setattr(socket, "getaddrinfo", None)
     small = name if name in ("toy", "tiny-gelu:it") else shrunk(name, tmp_path)
@@ -1878,6 +1633,8 @@ def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatc
     assert torch.equal(theirs.encode_text(tokens), clip.encode_text(tokens))
     assert torch.equal(theirs.logit_scale, clip.logit_scale)
     assert_same_weights(load_clip(small, tmp_path / "it")[0], clip)
+    weights = tmp_path / "it" / "open_clip_model.safetensors"
+    assert gh.read_weights(weights, "it")[1] == {}  # nothing of time or place
     if "SigLIP" in find_backbone(name)[0]:  # its tokenizer comes from the hub, by this name
         config = json.loads((tmp_path / "it" / "open_clip_config.json").read_text())
         assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "timm/ViT-B-16-SigLIP"
@@ -1886,24 +1643,8 @@ def test_open_clip_opens_an_exported_folder_by_itself(more, tmp_path, monkeypatc
         assert torch.equal(open_clip.get_tokenizer(folder)(words), tokenizer(words))
 
 
-def test_an_exported_open_clip_folder_says_what_it_is(more, tmp_path):
-    clip = load_clip("tiny-gelu:it", random=True)[0]
-    eval_mmvp.export_open_clip(clip, tmp_path)
-    look = {"size": [32, 32], "mode": "RGB", "fill_color": 0} | LOOK
-    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": look}
-    assert json.loads((tmp_path / "open_clip_config.json").read_text()) == config
-    weights, about = gh.read_weights(tmp_path / "open_clip_model.safetensors", "it")
-    assert about == {}  # nothing of time or place
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert sorted(os.listdir(tmp_path)) == ["open_clip_config.json", "open_clip_model.safetensors"]
-
-
-def test_where_a_results_weights_are_whole_so_is_all_else(more, trained, tmp_path, monkeypatch):
+def test_where_a_results_weights_are_whole_so_is_all_else(trained):
     """A run without them is not finished: they are written last."""
-    monkeypatch.setattr(gh, "write_json", fails(UserError("no room")))
-    with pytest.raises(UserError):
-        eval_mmvp.export_open_clip(load_tiny(more), tmp_path)
-    assert not (tmp_path / "open_clip_model.safetensors").exists()
     last = max(trained.glob("rf/*/*.*"), key=lambda path: path.stat().st_mtime_ns)
     assert last == trained / "rf" / "open_clip" / "open_clip_model.safetensors"
 
@@ -1921,21 +1662,16 @@ def change(config, where, value):
 @pytest.mark.parametrize("where, value, says", [
     ("model_cfg quick_gelu", False, "quick_gelu False (model_cfg), and tiny-clip computes True"),
     ("model_cfg quick_gelu", ..., "quick_gelu False (model_cfg), and tiny-clip computes True"),
-    ("model_cfg vision_cfg head_width", 32, "head_width 32 (vision_cfg)"),
     ("model_cfg vision_cfg head_width", ..., "head_width 64 (vision_cfg), and tiny-clip computes"),
     ("model_cfg vision_cfg norm_kwargs", {"eps": 1e-6}, "norm_kwargs {'eps': 1e-06} (vision_cfg)"),
-    ("model_cfg vision_cfg pool_type", "avg", "pool_type 'avg' (vision_cfg)"),
     ("model_cfg text_cfg heads", ..., "heads 8 (text_cfg), and tiny-clip computes 2: choose "),
-    ("model_cfg text_cfg act_kwargs", {"a": 1}, "act_kwargs {'a': 1} (text_cfg)"),
     ("model_cfg text_cfg tokenizer_kwargs", {"clean": "lower"}, "tokenizer_kwargs {'clean': "),
     ("preprocess_cfg mean", [0.5] * 3, "mean [0.5, 0.5, 0.5] (preprocess_cfg), and tiny-clip"),
     ("preprocess_cfg std", [0.5] * 3, "std [0.5, 0.5, 0.5] (preprocess_cfg)"),
     ("preprocess_cfg interpolation", "bilinear", "interpolation 'bilinear' (preprocess_cfg)"),
     ("preprocess_cfg resize_mode", "squash", "resize_mode 'squash' (preprocess_cfg)"),
-    ("preprocess_cfg fill_color", 1, "fill_color 1 (preprocess_cfg)"),
     ("model_cfg vision_cfg rope", True, "of the installed open_clip (CLIPVisionCfg."),
     ("model_cfg", ..., "not a configuration of the installed open_clip ('model_cfg')"),
-    ("model_cfg", [], "not a configuration of the installed open_clip"),
     ("preprocess_cfg", [1], "not a configuration of the installed open_clip"),
     # Silence where open_clip's own value is the same, and what changes no features.
     ("preprocess_cfg", ..., None),
@@ -1949,101 +1685,96 @@ def test_what_an_open_clip_folder_says_is_compared(exported, tmp_path, where, va
     config = json.loads(file.read_text())
     change(config, where, value)
     file.write_text(json.dumps(config))
-    for path in (tmp_path, tmp_path / "open_clip_model.safetensors"):
-        if says:
-            with pytest.raises(UserError) as error:
-                load_clip("tiny-clip", path)
-            assert_one_line(error, file, says)
-        else:
-            load_clip("tiny-clip", path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    if says:
+        refused(lambda _: load_clip("tiny-clip", weights), file, says)
+    else:
+        load_clip("tiny-clip", weights)
 
 
-@pytest.mark.parametrize("file, save", [
-    ("open_clip_pytorch_model.safetensors", save_file),
-    ("open_clip_pytorch_model.bin", torch.save),
-    ("model.safetensors", save_file),
-])
-def test_a_folder_of_the_hubs_in_open_clips_format_is_taken(world, exported, tmp_path, file, save):
+def test_a_folder_of_the_hubs_in_open_clips_format_is_taken(world, exported, tmp_path):
     """Although HuggingFace's files of another model lie in it, too."""
     shutil.copytree(exported / "tiny-gelu", tmp_path, dirs_exist_ok=True)
     shutil.copy(exported.parent / "open_clip" / "tiny-clip" / "open_clip_config.json", tmp_path)
-    save(load_tiny(world).state_dict(), tmp_path / file)
-    assert_same_weights(load_clip("tiny-clip", tmp_path)[0], load_tiny(world))
+    for name in ("model.safetensors", "open_clip_pytorch_model.bin"):  # the latter is preferred
+        clip = load_tiny(world)
+        perturb(clip)
+        save = torch.save if name.endswith("bin") else save_file
+        save(clip.state_dict(), tmp_path / name)
+        assert_same_weights(load_clip("tiny-clip", tmp_path)[0], clip)
 
 
 # ------------------------------------------------------------------ HuggingFace's format
 
 
 @pytest.fixture(scope="module")
-def exported(more):
+def exported(world):
     """A folder with hf/ of the tiny models; open_clip/ lies beside it."""
-    for name in (*TINY, *MORE):
-        clip = load_tiny(more, name) if name in TINY else load_clip(name, random=True)[0]
-        eval_mmvp.export_hf(clip, more / "hf" / name)
-        eval_mmvp.export_open_clip(clip, more / "open_clip" / name)
-    return more / "hf"
+    for name in TINY:
+        clip = load_tiny(world, name)
+        eval_mmvp.export_hf(clip, world / "hf" / name)
+        eval_mmvp.export_open_clip(clip, world / "open_clip" / name)
+    return world / "hf"
 
 
-def test_an_exported_clip_has_the_published_names_shapes_and_values(world, exported):
-    clip, siglip = [load_file(exported / name / "model.safetensors") for name in TINY]
-    # CRC-32 of the sorted names and shapes of transformers 5.24's models of these configurations.
-    for weights, crc in ((clip, 3734601636), (siglip, 3008756251)):
-        lines = sorted(f"{key} {tuple(value.shape)}" for key, value in weights.items())
-        assert zlib.crc32("\n".join(lines).encode()) == crc, lines
-    own = load_tiny(world)
-    k_rows = own.visual.transformer.resblocks[1].attn.in_proj_weight[64:128]
-    assert torch.equal(clip[K_WEIGHT], k_rows)
-    assert torch.equal(clip["visual_projection.weight"], own.visual.proj.T)
-    assert torch.equal(clip["text_projection.weight"], own.text_projection.T)
-    pool = load_tiny(world, "tiny-siglip").visual.trunk.attn_pool
-    packed = siglip["vision_model.head.attention.in_proj_weight"]
-    assert torch.equal(packed, torch.cat([pool.q.weight, pool.kv.weight]))
+# The first features of an image and of a text that transformers 5.24 computes from the exported
+# folder of each model, with the values of `filling` under the names and in the shapes there.
+@pytest.mark.parametrize("name, of_image, of_text", [
+    ("tiny-clip", [9.34212, -3.5343, 0.12794], [-2.52783, -3.45225, 0.44768]),
+    ("tiny-gelu", [9.34962, -3.52586, 0.14133], [-2.52757, -3.4797, 0.48805]),
+    ("tiny-siglip", [6.5993, 3.27101, 10.60235], [1.8459, -2.18394, -2.00684]),
+    ("tiny-siglip2", [6.60063, 3.27339, 10.60358], [1.8461, -2.18399, -2.00721]),
+])
+def test_an_exported_folder_is_the_clip_that_transformers_computes(
+    exported, tmp_path, name, of_image, of_text
+):
+    shutil.copytree(exported / name, tmp_path, dirs_exist_ok=True)
+    shapes = load_file(exported / name / "model.safetensors")
+    weights = {key: filling(key, shapes[key].shape, 0.3) for key in shapes}
+    save_file(weights, tmp_path / "model.safetensors")
+    clip = load_clip(name, tmp_path)[0]
+    image = torch.sin(torch.arange(3 * 32 * 32) * 0.7).view(1, 3, 32, 32)
+    siglip = "siglip" in name
+    text = torch.zeros(1, 16 if siglip else 77, dtype=torch.int64)
+    text[0, :4] = torch.tensor([7, 8, 9, 1] if siglip else [49406, 320, 1125, 49407])
+    assert clip.encode_image(image)[0, :3].tolist() == pytest.approx(of_image, abs=5e-5)
+    assert clip.encode_text(text)[0, :3].tolist() == pytest.approx(of_text, abs=2e-5)
+    eval_mmvp.export_hf(clip, tmp_path)
+    again = load_file(tmp_path / "model.safetensors")
+    assert again.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(again[key], tensor), key
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-
-
-def hf_tower(kind, width, heads, **more):
-    """A tower of two layers in an exported config.json."""
-    return {
-        "model_type": f"{kind}_model",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "attention_dropout": 0.0,
-        **more,
-    }
-
-
-CLIPS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 32}
-SIGLIPS_OWN = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
-PATCHED = {"image_size": 32, "patch_size": 8}
-EXPORTED = {
-    "tiny-clip": {
-        "model_type": "clip",
-        "torch_dtype": "float32",
-        "architectures": ["CLIPModel"],
-        "projection_dim": 32,
-        "vision_config": hf_tower("clip_vision", 64, 4, **CLIPS, **PATCHED),
-        "text_config": hf_tower("clip_text", 32, 2, **CLIPS, vocab_size=49408, bos_token_id=49406,
-                                eos_token_id=49407, max_position_embeddings=77),
-    },
-    "tiny-siglip": {
-        "model_type": "siglip",
-        "torch_dtype": "float32",
-        "architectures": ["SiglipModel"],
-        "vision_config": hf_tower("siglip_vision", 48, 4, **SIGLIPS_OWN, **PATCHED),
-        "text_config": hf_tower("siglip_text", 48, 4, **SIGLIPS_OWN, vocab_size=320,
-                                max_position_embeddings=16, projection_size=48),
-    },
+WHOLE = {
+    "tiny-clip": {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 32},
+    "tiny-siglip": {"model_type": "siglip", "architectures": ["SiglipModel"]},
+}
+TOWERS = {  # the vision and the text tower of tiny-clip, then of tiny-siglip
+    "model_type": ["clip_vision_model", "clip_text_model",
+                   "siglip_vision_model", "siglip_text_model"],
+    "hidden_size": [64, 32, 48, 48],
+    "intermediate_size": [256, 128, 192, 192],
+    "num_hidden_layers": [2, 2, 2, 2],
+    "num_attention_heads": [4, 2, 4, 4],
+    "attention_dropout": [0.0, 0.0, 0.0, 0.0],
+    "hidden_act": ["quick_gelu", "quick_gelu", "gelu", "gelu"],
+    "layer_norm_eps": [1e-5, 1e-5, 1e-6, 1e-6],
+    "projection_dim": [32, 32, None, None],
+    "projection_size": [None, None, None, 48],
+    "image_size": [32, None, 32, None],
+    "patch_size": [8, None, 8, None],
+    "max_position_embeddings": [None, 77, None, 16],
+    "vocab_size": [None, 49408, None, 320],
+    "bos_token_id": [None, 49406, None, None],
+    "eos_token_id": [None, 49407, None, None],
 }
 SQUARE = {"height": 32, "width": 32}
 PREPARED = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
 PREPARED |= {"resample": 3, "rescale_factor": 0.00392156862745098}
 PROCESSORS = {
     "tiny-clip": PREPARED | {
-        "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 32},
         "do_center_crop": True,
         "crop_size": SQUARE,
@@ -2051,7 +1782,6 @@ PROCESSORS = {
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
     "tiny-siglip": PREPARED | {
-        "image_processor_type": "SiglipImageProcessor",
         "size": SQUARE,
         "do_center_crop": False,
         "image_mean": [0.5, 0.5, 0.5],
@@ -2060,11 +1790,19 @@ PROCESSORS = {
 }
 
 
-@both_families
-def test_an_exported_clips_files_say_what_it_is(exported, clip):
+@pytest.mark.parametrize("clip, vision, text, processor", [
+    ("tiny-clip", 0, 1, "CLIPImageProcessor"),
+    ("tiny-siglip", 2, 3, "SiglipImageProcessor"),
+])
+def test_an_exported_clips_files_say_what_it_is(exported, clip, vision, text, processor):
     files = {path.stem: path.read_text() for path in (exported / clip).glob("*[!s]")}
-    assert json.loads(files.pop("config")) == EXPORTED[clip]
-    assert json.loads(files.pop("preprocessor_config")) == PROCESSORS[clip]
+    config = WHOLE[clip] | {"torch_dtype": "float32"}
+    for part, column in (("vision_config", vision), ("text_config", text)):
+        cells = {key: row[column] for key, row in TOWERS.items()}
+        config[part] = {key: value for key, value in cells.items() if value is not None}
+    assert json.loads(files.pop("config")) == config
+    images = PROCESSORS[clip] | {"image_processor_type": processor}
+    assert json.loads(files.pop("preprocessor_config")) == images
     if clip == "tiny-siglip":
         assert not files
         return
@@ -2077,40 +1815,12 @@ def test_an_exported_clips_files_say_what_it_is(exported, clip):
     assert files["merges"].splitlines()[:2] == ["#version: 0.2", "i n"]
 
 
-# The first features of an image and of a text that transformers 5.24 computed from the exported
-# folder of each model, with the parameters of `fill`.
-@pytest.mark.parametrize("name, activation, image_features, text_features", [
-    ("tiny-clip", "quick_gelu", [-0.25314, -0.63242, -1.40254], [0.34953, -0.22585, -1.48478]),
-    ("tiny-gelu", "gelu", [-0.24337, -0.62659, -1.40885], [0.34913, -0.23076, -1.48709]),
-    ("tiny-siglip", "gelu", [17.45793, -6.49977, 2.24324], [-5.13886, 0.2572, -0.59577]),
-    ("tiny-siglip2", "gelu_pytorch_tanh", [17.45951, -6.50164, 2.2467],
-     [-5.13886, 0.25723, -0.59567]),
-])
-def test_an_exported_folder_is_the_clip_that_transformers_computes(
-    more, tmp_path, name, activation, image_features, text_features
-):
-    eval_mmvp.export_hf(fill(load_clip(name, random=True)[0], 0.3), tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    siglip = "siglip" in name
-    for tower in (config["vision_config"], config["text_config"]):
-        epsilon = 1e-6 if siglip else 1e-5
-        assert (tower["hidden_act"], tower["layer_norm_eps"]) == (activation, epsilon)
-    clip = load_clip(name, tmp_path)[0]
-    image = torch.sin(torch.arange(3 * 32 * 32) * 0.7).view(1, 3, 32, 32)
-    text = torch.zeros(1, 16 if siglip else 77, dtype=torch.int64)
-    text[0, :4] = torch.tensor([7, 8, 9, 1] if siglip else [49406, 320, 1125, 49407])
-    assert clip.encode_image(image)[0, :3].tolist() == pytest.approx(image_features, abs=5e-5)
-    assert clip.encode_text(text)[0, :3].tolist() == pytest.approx(text_features, abs=2e-5)
-
-
 @pytest.mark.parametrize("model, lacks", [
     ("ViT-L-14-CLIPA", "no_ln_pre is True, not False"),
     ("ViT-H-14-worldwide-quickgelu", "vocab_size is 901629, not 49408"),
     ("xlm-roberta-base-ViT-B-32", "hf_model_name is 'xlm-roberta-base', not None"),
     ("RN50", "layers is [3, 4, 6, 3]"),
     ("EVA02-B-16", "timm_pool is 'token', not 'map'"),
-    ("PE-Core-B-16", "timm_proj is None, not 'none'"),
-    ("ViT-SO400M-16-SigLIP-i18n-256", "proj_bias is False, not True"),
     ("nllb-clip-base-siglip", "no_causal_mask is False, not True"),
 ])
 def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
@@ -2121,13 +1831,12 @@ def test_what_huggingfaces_format_cannot_hold_is_refused(world, model, lacks):
     refused(lambda model: eval_mmvp.check_export(model, clip), model, lacks)
 
 
-@both_families
 @pytest.mark.parametrize("file, save", [
     ("model.safetensors", save_file),
     ("pytorch_model.bin", torch.save),
 ])
-def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, clip, file, save):
-    weights = load_file(exported / clip / "model.safetensors")
+def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, file, save):
+    weights = load_file(exported / "tiny-clip" / "model.safetensors")
     weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # older ones have it
     save(weights, tmp_path / file)
     sharded = tmp_path / "sharded"
@@ -2139,37 +1848,36 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, cli
     # A larger program's configuration says nothing of its CLIP.
     (sharded / CONFIG).write_text('{"model_type": "llava", "hidden_act": "silu"}')
     for path in (tmp_path / file, tmp_path, sharded):
-        assert_same_weights(load_clip(clip, path)[0], load_tiny(world, clip))
+        assert_same_weights(load_clip("tiny-clip", path)[0], load_tiny(world))
 
 
-@pytest.mark.parametrize("prefix, projected", [
-    # The prefix of the tower's names, and whether HuggingFace's projection is there.
-    ("visual.", False),
-    ("", False),  # open_clip and transformers 5 save it so
-    ("model.vision_tower.vision_tower.", False),
-    ("vision_model.", True),
+@pytest.mark.parametrize("tower, prefix, projected", [
+    ("visual.", "visual.", True),
+    ("visual.", "", True),  # open_clip saves it so
+    ("visual.", "model.vision_tower.vision_tower.", True),
+    ("vision_model.", "vision_model.", True),
+    ("vision_model.", "", False),  # as transformers 5 does, without the projection
+    ("vision_model.", "model.vision_tower.vision_tower.", False),
 ])
-@pytest.mark.parametrize("tower", ["visual.", "vision_model."])
 def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_hand(
-    world, tmp_path, monkeypatch, capsys, prefix, projected, tower
+    world, tmp_path, capsys, tower, prefix, projected
 ):
     clip = load_clip("toy")[0]
-    own = copy.deepcopy(clip)
+    own = copy.deepcopy(clip).state_dict()
     perturb(clip)
-    is_hf = tower == "vision_model."
-    weights = eval_mmvp.hf_weights(clip) if is_hf else clip.state_dict()
-    alone = {n: weights[n] for n in weights if n.startswith(tower)}
-    alone = {prefix + n.removeprefix(tower): v.clone() for n, v in alone.items()}
-    if projected and is_hf:
-        alone["visual_projection.weight"] = weights["visual_projection.weight"].contiguous()
+    weights = clip.state_dict() if tower == "visual." else eval_mmvp.hf_weights(clip)
+    names = [name for name in weights if name.startswith(tower)]
+    alone = {prefix + name.removeprefix(tower): weights[name].clone() for name in names}
+    if projected and tower == "vision_model.":
+        alone["visual_projection.weight"] = clip.visual.proj.T.contiguous()
     path = tmp_path / "it.safetensors"
     save_file(alone, path)
     config = {"vision_config": {"num_attention_heads": 4}, "text_config": {"hidden_act": "silu"}}
     (tmp_path / CONFIG).write_text(json.dumps(config))  # its text tower is another model
-    loaded = load_clip("toy", path)[0]
-    for name, tensor in loaded.state_dict().items():
-        its = name.startswith("visual.") and not (is_hf and not projected and name == "visual.proj")
-        assert torch.equal(tensor, (clip if its else own).state_dict()[name]), name
+    loaded = load_clip("toy", path)[0].state_dict()
+    for name, tensor in clip.state_dict().items():
+        its = name.startswith("visual.") and (projected or name != "visual.proj")
+        assert torch.equal(loaded[name], tensor if its else own[name]), name
     line = f"{path} holds only a visual tower; all other weights are toy's own\n"
     assert capsys.readouterr().err == f"CLIP weights for toy-clip: {line}"
     refused(lambda _: load_clip("tiny-clip", path), "tiny-clip", "'no tag' is not a")
@@ -2178,86 +1886,46 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
     refused(lambda path: load_clip("toy", path), path, "class_embedding must be [96], not absent")
 
 
+CLIPS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
+SIGLIPS_OWN = CLIPS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 SQUARE_224 = {"height": 224, "width": 224}
+CLIP_224 = PROCESSORS["tiny-clip"] | {"size": {"shortest_edge": 224}, "crop_size": SQUARE_224}
+SIGLIP_224 = PROCESSORS["tiny-siglip"] | {"size": SQUARE_224}
 
 
-@pytest.mark.parametrize("name", [*TINY, *MORE])
-@pytest.mark.parametrize("file, part, key, of_clip, of_siglip", [
-    # An entry, and what transformers 5.24 takes where a CLIP's file or a SigLIP's is silent.
-    (CONFIG, "vision_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    (CONFIG, "vision_config", "layer_norm_eps", 1e-5, 1e-6),
-    (CONFIG, "vision_config", "num_attention_heads", 12, 12),
-    (CONFIG, "text_config", "hidden_act", "quick_gelu", "gelu_pytorch_tanh"),
-    (CONFIG, "text_config", "layer_norm_eps", 1e-5, 1e-6),
-    (CONFIG, "text_config", "num_attention_heads", 8, 12),
-    (PROCESSOR, "image_processor", "do_resize", True, True),
-    (PROCESSOR, "image_processor", "size", {"shortest_edge": 224}, SQUARE_224),
-    (PROCESSOR, "image_processor", "resample", 3, 3),
-    (PROCESSOR, "image_processor", "do_center_crop", True, False),
-    (PROCESSOR, "image_processor", "crop_size", SQUARE_224, None),
-    (PROCESSOR, "image_processor", "do_rescale", True, True),
-    (PROCESSOR, "image_processor", "rescale_factor", 0.00392156862745098, 0.00392156862745098),
-    (PROCESSOR, "image_processor", "do_normalize", True, True),
-    (PROCESSOR, "image_processor", "do_convert_rgb", True, True),
-    (PROCESSOR, "image_processor", "image_mean", [0.48145466, 0.4578275, 0.40821073], [0.5] * 3),
-    (PROCESSOR, "image_processor", "image_std", [0.26862954, 0.26130258, 0.27577711], [0.5] * 3),
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("file, part, of_clip, of_siglip", [
+    # What transformers 5.24 takes where a part of a CLIP's file, or a SigLIP's, is silent.
+    (CONFIG, "vision_config", CLIPS, SIGLIPS_OWN),
+    (CONFIG, "text_config", CLIPS | {"num_attention_heads": 8}, SIGLIPS_OWN),
+    (PROCESSOR, "image_processor", CLIP_224, SIGLIP_224),
 ])
 def test_what_a_folder_says_or_is_silent_about_is_compared(
-    exported, tmp_path, name, file, part, key, of_clip, of_siglip
+    exported, tmp_path, capsys, name, file, part, of_clip, of_siglip
 ):
-    weights = tmp_path / "model.safetensors"
+    """Each entry in turn is removed, and then is another."""
     shutil.copytree(exported / name, tmp_path, dirs_exist_ok=True)
-    content = json.loads((tmp_path / file).read_text())
+    weights, file = tmp_path / "model.safetensors", tmp_path / file
+    content = json.loads(file.read_text())
     section = content.get(part, content)
-    default = of_siglip if "siglip" in name else of_clip
-    own = section.pop(key, default)
-    for theirs in (default, "other") if default is not None else ():
-        (tmp_path / file).write_text(json.dumps(content))
-        if theirs == own or (theirs, own) == ("gelu_pytorch_tanh", "gelu"):
-            load_clip(name, weights)
-        else:
-            says = f" says {key} {theirs!r} ({part}), and {name} computes {own!r}: choose another"
-            refused(lambda _: load_clip(name, weights), f"{tmp_path / file}{says}")
-        section[key] = "other"
-
-
-@pytest.mark.parametrize("name, file, changes, says", [
-    # As published by OpenAI, by google, and as transformers 4 and 5 save them.
-    ("tiny-clip", PROCESSOR, {"size": 32, "crop_size": 32, "do_rescale": ..., "do_convert_rgb": ...,
-                              "rescale_factor": ..., "image_processor_type": ...,
-                              "feature_extractor_type": "CLIPFeatureExtractor"}, None),
-    ("tiny-siglip", PROCESSOR, {"do_center_crop": ..., "do_convert_rgb": ...}, None),
-    ("tiny-siglip", PROCESSOR, {"do_center_crop": None, "do_convert_rgb": None}, None),
-    ("tiny-siglip", "processor_config.json", {}, None),
-    ("tiny-clip", "processor_config.json", {"resample": 2}, "resample 2 (image_processor)"),
-    ("tiny-clip", PROCESSOR, {"size": 24}, "size {'shortest_edge': 24} (image_processor)"),
-    ("tiny-clip", PROCESSOR, {"crop_size": 24}, "crop_size {'height': 24, 'width': 24} (image"),
-])
-def test_every_spelling_of_a_preprocessor_is_read(exported, tmp_path, name, file, changes, says):
-    shutil.copy(exported / name / "model.safetensors", tmp_path)
-    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # 4's
-    content = PROCESSORS[name].copy()
-    for key, value in changes.items():
-        change(content, key, value)
-    if file != PROCESSOR:
-        content = {"image_processor": content, "processor_class": "It"}
-    (tmp_path / file).write_text(json.dumps(content))
-    if says:
-        refused(lambda path: load_clip(name, path), tmp_path, f"{file} says {says}")
-    else:
-        load_clip(name, tmp_path)
-
-
-def test_siglips_published_gelu_is_taken_with_a_line(exported, tmp_path, capsys):
-    shutil.copy(exported / "tiny-siglip" / "model.safetensors", tmp_path)
-    towers = dict.fromkeys(("vision_config", "text_config"), {"num_attention_heads": 4})
-    (tmp_path / CONFIG).write_text(json.dumps(towers))  # the hub's name no activation
-    load_clip("tiny-siglip", tmp_path)
-    says = "says hidden_act 'gelu_pytorch_tanh' .* computes 'gelu'; the two differ by less"
-    assert len(re.findall(says, capsys.readouterr().err)) == 2  # of each tower
+    for key, default in (of_siglip if "siglip" in name else of_clip).items():
+        own = section.pop(key)
+        for theirs in (default, "other"):
+            file.write_text(json.dumps(content))
+            line = f"{file} says {key} {theirs!r} ({part}), and {name} computes {own!r}"
+            if theirs == own:
+                load_clip(name, weights)
+            elif (theirs, own) == ("gelu_pytorch_tanh", "gelu"):  # published SigLIPs are silent
+                load_clip(name, weights)
+                assert f"{line}, which is close" in capsys.readouterr().err
+            else:
+                refused(lambda _: load_clip(name, weights), f"{line}: choose another")
+            section[key] = "other"
+        section[key] = own
 
 
 INDEX = "model.safetensors.index.json"
+BOTH_PROCESSORS = "processor_config.json"
 NO_OBJECT = "cannot be read as JSON (not an object)"
 
 
@@ -2265,17 +1933,29 @@ NO_OBJECT = "cannot be read as JSON (not an object)"
     (INDEX, '{"weight_map": {"a": "1-model.safetensors"}}', "1-model.safetensors' (not a file)"),
     (INDEX, '{"weight_map": {', f"{INDEX} cannot be read as JSON"),
     (CONFIG, "[]", NO_OBJECT),
-    (CONFIG, "null", NO_OBJECT),
-    (PROCESSOR, "3", NO_OBJECT),
     (CONFIG, '{"vision_config": [3]}', NO_OBJECT),
     (CONFIG, '{"vision_config": null}', "num_attention_heads 12"),
     (CONFIG, '{"vision_config_dict": {"num_attention_heads": 3}, "vision_config": {}}', "heads 3"),
+    # Older files have numbers for sizes, some have null, and transformers 5 another name.
+    (PROCESSOR, '{"size": 32, "crop_size": 32, "do_resize": null}', None),
+    (PROCESSOR, '{"size": 24}', "size {'shortest_edge': 24} (image_processor)"),
+    (PROCESSOR, '{"size": 32, "crop_size": 24}', "crop_size {'height': 24, 'width': 24} (image"),
+    (BOTH_PROCESSORS, '{"processor_class": "CLIPProcessor"}', None),  # transformers 4's
+    (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
+                      '"crop_size": 32, "resample": 2}}', "resample 2 (image_processor)"),
+    (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
+                      '"crop_size": 32}}', None),
 ])
-def test_a_folder_whose_json_is_wrong_is_refused(exported, tmp_path, file, text, says):
+def test_json_beside_weights_is_read_as_transformers_reads_it(
+    exported, tmp_path, file, text, says
+):
     shutil.copy(exported / "tiny-clip" / "model.safetensors", tmp_path / "0-model.safetensors")
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "0-model.safetensors"}}')
     (tmp_path / file).write_text(text)
-    refused(lambda folder: load_clip("tiny-clip", folder), tmp_path, says)
+    if says:
+        refused(lambda folder: load_clip("tiny-clip", folder), tmp_path, says)
+    else:
+        load_clip("tiny-clip", tmp_path)
 
 
 # ------------------------------------------------------------------ the images
@@ -2292,42 +1972,30 @@ def grey(value, kind):
     return Image.fromarray(np.full((8, 8), value, kind))
 
 
-def transparent_palette():
-    image = red("P")
-    image.info["transparency"] = image.getpixel((0, 0))
+def tagged(image, **tags):
+    image.info |= tags
     return image
 
 
-def lying_photo():
-    """Its lower left corner is red, and belongs to the upper left."""
-    image = Image.new("RGB", (8, 8), "white")
-    image.paste(RED, (0, 4, 4, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn it by 90 degrees
-    image.info["exif"] = exif.tobytes()
-    return image
-
-
-def broken_exif():
-    """Its orientation cannot be read; the image can."""
-    image = red("RGB")
-    image.info["exif"] = b"Exif\0\0MM\0*"
-    return image
+LYING = Image.new("RGB", (8, 8), "white")
+LYING.paste(RED, (0, 4, 4, 8))  # its lower left, which belongs to the upper left
+TURN = Image.Exif()
+TURN[0x0112] = 6  # orientation: turn it by 90 degrees
 
 
 @pytest.mark.parametrize("image, expected", [
     (red("RGB"), RED),
     (red("CMYK"), RED),
     (red("P"), RED),
-    (lying_photo(), RED),
+    (tagged(LYING, exif=TURN.tobytes()), RED),
     (Image.new("L", (8, 8), 77), (77, 77, 77)),
     (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), WHITE),
     (Image.new("LA", (8, 8), (0, 0)), WHITE),
-    (transparent_palette(), WHITE),
+    (tagged(red("P"), transparency=red("P").getpixel((0, 0))), WHITE),
     (grey(60_000, np.uint16), (234, 234, 234)),
     (grey(60_000, ">u2"), (234, 234, 234)),
     (grey(200, np.uint16), (0, 0, 0)),  # of 65,535
-    (broken_exif(), RED),
+    (tagged(red("RGB"), exif=b"Exif\0\0MM\0*"), RED),  # which cannot be read
 ])
 def test_any_image_becomes_upright_rgb_on_white(image, expected):
     converted = train.to_rgb(image)
@@ -2450,13 +2118,13 @@ def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
 def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
     data = open_images([shard], tmp_path)
     images = data[0, 3, 1, [0, 1]][0]
-    assert torch.equal(images, data[0, 3, 1, [0, 1]][0])
-    for other in ((1, 3, 1), (0, 4, 1), (0, 3, 2)):
-        assert not torch.equal(images, data[*other, [0, 1]][0])
+    for key in ((0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 2)):
+        assert torch.equal(images, data[*key, [0, 1]][0]) == (key == (0, 3, 1))
 
 
-def test_many_shards_are_indexed_in_their_order(tmp_path):
-    """And a worker is sent the place of the index alone."""
+def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
+    """A worker is sent the place of the index alone. No bar is drawn without a terminal."""
+    save_and_open(red("RGB"), tmp_path / "a.png", 8)
     contents = [[f"{shard} {i}".encode() for i in range(shard)] for shard in range(9)]
     for shard, images in enumerate(contents):
         write_shard(tmp_path / "data" / f"{shard}.tar", images)
@@ -2467,6 +2135,7 @@ def test_many_shards_are_indexed_in_their_order(tmp_path):
     sent = pickle.dumps(data)
     assert len(sent) < data.entries.nbytes
     assert pickle.loads(sent).fingerprint() == data.fingerprint()
+    assert capsys.readouterr().err == ""
 
 
 def test_data_is_indexed_once_and_anew_when_it_or_the_index_changes(shard, tmp_path, monkeypatch):
@@ -2484,19 +2153,17 @@ def test_data_is_indexed_once_and_anew_when_it_or_the_index_changes(shard, tmp_p
     assert open_images([tmp_path / "moved"], tmp_path).fingerprint() == after
 
 
-def test_workers_that_are_not_forked_give_the_same_images(shard, tmp_path, monkeypatch):
+def test_a_process_that_may_hold_cuda_has_workers_that_are_not_forked(
+    shard, tmp_path, monkeypatch
+):
     data = open_images([shard], tmp_path)
     s = settings("--workers", 1, "--batch-size", 2, "--accum", 1)
-    monkeypatch.setattr(train, "start_method", lambda: "forkserver")
-    loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
-    for (images, _), key in zip(loader, train.batch_keys(s, 6, 0, 2), strict=True):
-        assert torch.equal(images, data[key][0])
-
-
-def test_a_process_that_may_hold_cuda_is_not_forked(monkeypatch):
     assert gh.start_method() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gh.start_method() == "forkserver"
+    loader = train.load_batches(s, data, 0, 2, torch.device("cpu"))
+    for (images, _), key in zip(loader, train.batch_keys(s, 6, 0, 2), strict=True):
+        assert torch.equal(images, data[key][0])
 
 
 def spoil(path, start, content):
@@ -2505,52 +2172,41 @@ def spoil(path, start, content):
         file.write(content)
 
 
-def sparse_member():
-    header = tarfile.TarInfo("big.jpg")
-    header.type = tarfile.GNUTYPE_SPARSE
-    return header.tobuf(tarfile.GNU_FORMAT)
-
-
-@pytest.mark.parametrize("damage", [  # of a tar whose 18 members start at these bytes
-    lambda shard, starts: os.truncate(shard, 0),
-    lambda shard, starts: os.truncate(shard, 100),
-    lambda shard, starts: os.truncate(shard, starts[9]),
-    lambda shard, starts: os.truncate(shard, starts[9] + 512),
-    lambda shard, starts: os.truncate(shard, starts[9] + 600),
-    lambda shard, starts: os.truncate(shard, starts[17] + 1024),
-    lambda shard, starts: spoil(shard, starts[9] + 148, b"0000000"),  # the header's checksum
-    lambda shard, starts: spoil(shard, starts[9], bytes(512)),
-    lambda shard, starts: spoil(shard, starts[9], bytes(2048)),
-    lambda shard, starts: spoil(shard, starts[9], 128 * b"junk"),
-    lambda shard, starts: shard.write_bytes(2 * shard.read_bytes()),
-    lambda shard, starts: shard.write_bytes(sparse_member() + shard.read_bytes()),
-    lambda shard, starts: shard.write_bytes(gzip.compress(shard.read_bytes())),
-    lambda shard, starts: shard.write_text("<html>404</html>"),
-])
-def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path, damage):
+def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path):
+    whole = shard.read_bytes()
     with tarfile.open(shard) as tar:
         starts = [member.offset for member in tar]
-    damage(shard, starts)
-    refused(lambda shard: open_images([shard], tmp_path), shard, "download it again")
-    assert not (tmp_path / "index.safetensors").exists()
+    middle, last = starts[9], starts[17]
+    sparse = tarfile.TarInfo("big.jpg")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    for content in (
+        b"",
+        whole[:middle],
+        whole[:middle + 600],
+        whole[:last + 1024],
+        whole[:middle + 148] + b"0000000" + whole[middle + 155:],  # the header's checksum
+        whole[:middle] + bytes(512) + whole[middle + 512:],
+        whole[:middle] + bytes(2048) + whole[middle + 2048:],
+        whole + whole,
+        sparse.tobuf(tarfile.GNU_FORMAT) + whole,
+        gzip.compress(whole),
+        b"<html>404</html>",
+    ):
+        shard.write_bytes(content)
+        refused(lambda shard: open_images([shard], tmp_path), shard, "download it again")
+        assert not (tmp_path / "index.safetensors").exists()
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda shard: os.truncate(shard, 2000), "does not have the size that was indexed"),
-    (os.remove, "cannot be read (No such file"),
-])
-def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path, change, says):
-    data = open_images([shard], tmp_path)
-    change(shard)
-    refused(lambda _: data.load(5), shard, says)
-
-
-def test_a_copy_of_a_shard_on_another_disk_is_the_same_shard(shard, tmp_path):
-    """As on another node: of another time, that is."""
+def test_a_shard_that_changes_while_a_run_uses_it_is_an_error(shard, tmp_path):
+    """Its time may be another, as that of a copy on another node is."""
     data = open_images([shard], tmp_path)
     image, _ = data.load(5, augment=False)
     os.utime(shard, ns=(1, 1))
     assert torch.equal(data.load(5, augment=False)[0], image)
+    os.truncate(shard, 2000)
+    refused(lambda _: data.load(5), shard, "does not have the size that was indexed")
+    os.remove(shard)
+    refused(lambda _: data.load(5), shard, "cannot be read (No such file")
 
 
 def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
@@ -2583,17 +2239,12 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     assert "data: 6 files" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["0.tar.gz", "0.zip", "0.parquet"])
-def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path, name):
-    (tmp_path / name).touch()
-    ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
-    refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
-
-
-def test_indexing_shows_no_progress_bar_without_a_terminal(shard, tmp_path, capsys):
-    save_and_open(red("RGB"), tmp_path / "a.png", 8)
-    open_images([shard], tmp_path)
-    assert capsys.readouterr().err == ""
+def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path):
+    for name in ("0.tar.gz", "0.zip", "0.parquet"):
+        (tmp_path / name).touch()
+        ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
+        refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
+        (tmp_path / name).unlink()
 
 
 def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monkeypatch):
