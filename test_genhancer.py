@@ -46,6 +46,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import torch.distributed.run as torchrun_command
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageDraw
 from safetensors import SafetensorError, safe_open
@@ -3646,38 +3647,38 @@ def test_no_rank_leaves_before_rank_0_has_evaluated(mistaken, world, tmp_path):
     assert abs(times[0] - times[1]) < 4  # the second left when the first one did
 
 
-KILL_ONCE = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import train
-seed_draws = train.seed_draws
-def fatal(stream, *key):
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and train.RANK == 1 and key[1] == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    seed_draws(stream, *key)
-train.seed_draws = fatal
-train.write_samples = lambda *_: None
-train.main()
-"""
+def killed_once(argv):
+    """Train as a rank of torchrun; the first time, rank 1 dies at the step numbered 3."""
+    importlib.reload(train)
+    train.write_samples = lambda *_: None
+    if train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        killed_at(3, train.main, argv)
+    train.main(argv)
+
+
+def torchrun(command, work, argv):
+    """What a command of torchrun does, but for its program; its processes are forked."""
+    variable, *words = shlex.split(command)
+    os.environ |= dict([variable.split("=")])
+    options = torchrun_command.parse_args([*words[1:], "--start-method", "fork", "program"])
+    config, _, _ = torchrun_command.config_from_args(options)
+    torchrun_command.elastic_launch(config, work)(argv)
 
 
 def test_a_killed_rank_comes_back_under_torchrun_and_the_run_ends_in_the_same_losses(
         world, tmp_path):
     """By the README's command for several nodes, here on one."""
-    (tmp_path / "kill_once.py").write_text(KILL_ONCE.format(here=HERE))
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        command = re.search("(TORCH_DISABLE.*) train.py", file.read())[1]
+        command = re.search("(TORCH_DISABLE.* torchrun .*) train.py", file.read())[1]
     command = command.replace("--nnodes 2 --nproc_per_node 8", "--nnodes 1 --nproc_per_node 2")
     command = command.replace("HOST:29500", "localhost:0")
-    vqgan = os.path.join(HERE, "toy", "vqgan.safetensors")
-    more = ("--stage", 1, "--vqgan", vqgan, "--backbone", "toy", "--clip-weights",
-            os.path.join(HERE, "toy", "clip.safetensors"), "--steps", 4)
-    typed = perceiver(world, tmp_path / "killed", *more, "--accum", 1)
-    line = f"{command} {tmp_path}/kill_once.py {shlex.join(typed)}"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
-    train.main(perceiver(world, tmp_path / "whole", *more, "--accum", 2))
+    more = ("--stage", 1, "--steps", 4, "--accum")
+    argv = perceiver(world, tmp_path / "killed", *more, 1)
+    process = in_a_process(tmp_path / "said", torchrun, command, killed_once, argv)
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0 and "resumed from" in said, said
+    train.main(perceiver(world, tmp_path / "whole", *more, 2))
     assert_close_logs(tmp_path / "killed" / "stage1", tmp_path / "whole" / "stage1")
 
 
