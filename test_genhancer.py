@@ -4048,11 +4048,6 @@ def test_intervals_and_p_are_their_closed_forms(name, arguments, expected, withi
     assert getattr(eval_mmvp, name)(*arguments) == pytest.approx(expected, rel=0, abs=within)
 
 
-def test_the_bootstrap_draws_the_same_every_time():
-    values = [np.linspace(0, 1, 30) ** 2]
-    assert eval_mmvp.bootstrap(values) == eval_mmvp.bootstrap(values)
-
-
 def test_no_bound_shows_a_rounding_error():
     for n in range(1, 300):
         assert eval_mmvp.wilson(0, n)[0] >= 0
@@ -4107,6 +4102,9 @@ def test_the_rows_of_patterns_average_accuracy_and_recall():
 
 # ------------------------------------------------------------------ zero-shot retention
 
+def check_set(name):
+    return lambda path: eval_mmvp.check_zeroshot(name, path)
+
 
 @torch.no_grad()
 def cosines(tiny, texts, paths):
@@ -4115,10 +4113,6 @@ def cosines(tiny, texts, paths):
     images = torch.stack([preprocess(Image.open(path)) for path in paths])
     images = clip.encode_image(images, normalize=True)
     return (clip.encode_text(tokenizer(texts), normalize=True) @ images.T).numpy()
-
-
-def check_set(name):
-    return lambda path: eval_mmvp.check_zeroshot(name, path)
 
 
 class RandomClip(torch.nn.Module):
@@ -4227,18 +4221,15 @@ def test_imagenet_is_its_1000_synsets_under_their_names(tmp_path):
     refused(check_set("imagenet"), tmp_path, f"missing or unknown: {SYNSETS[7]}: PATH must be")
 
 
-LAYOUTS = [  # files, and what is said of them
-    (["test/a/1.png", "test/b/1.png", "train/a/1.png", "train/b/1.png"], "name D/test or D/train"),
-    (["a/1.png", "a/more/1.png", "b/1.png"], "name D/a, otherwise move them elsewhere"),
-    (["a/1.png", "b/1.ppm"], "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
-    (["a/1.png", "b/.1.png"], "in D/b: PATH must be"),
-    (["a/1.png", ".b/1.png"], "1 class folders: PATH must be a folder with one subfolder"),
-]
-
-
-@pytest.mark.parametrize("files, says", LAYOUTS)
+@pytest.mark.parametrize("files, says", [
+    ("test/a/1.png test/b/1.png train/a/1.png train/b/1.png", "name D/test or D/train"),
+    ("a/1.png a/more/1.png b/1.png", "name D/a, otherwise move them elsewhere"),
+    ("a/1.png b/1.ppm", "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
+    ("a/1.png b/.1.png", "in D/b: PATH must be"),
+    ("a/1.png .b/1.png", "1 class folders: PATH must be a folder with one subfolder"),
+])
 def test_folders_that_are_no_classes_are_refused(tmp_path, files, says):
-    touch(tmp_path, *files)
+    touch(tmp_path, *files.split())
     for name in ("folder", "cars"):
         refused(check_set(name), tmp_path, says.replace("D/", f"{tmp_path}/"))
 
@@ -4278,10 +4269,9 @@ def test_retrieval_equals_the_naive_one(tiny, tmp_path, name):
         own = [sentence["raw"] for sentence in entry["sentences"][:5]]
         captions += own
         owners += [i] * len(own)
-    owners = np.array(owners)
     near = cosines(tiny, captions, paths)
     image_found = [i in row.argsort()[-5:] for i, row in zip(owners, near, strict=True)]
-    text_found = [i in owners[column.argsort()[-5:]] for i, column in enumerate(near.T)]
+    text_found = [i in np.take(owners, row.argsort()[-5:]) for i, row in enumerate(near.T)]
     outcomes = eval_mmvp.evaluate(*tiny, None, [(name, tmp_path)], batch_size=7)["outcomes"]
     shares = outcomes[f"{name} image recall@5"]
     hits = np.bincount(owners, image_found)
@@ -4303,12 +4293,9 @@ BAD_SETS = [  # the set, its annotations if it has any, and what is said
     ("mnist", None, "write NAME:PATH, where NAME is one of cifar100, sun397, imagenet"),
     ("sun397", None, "PATH must be the folder in which SUN397.tar.gz was unpacked"),
     ("cifar100", None, "corrupted: PATH must be the folder in which cifar-100-python.tar.gz was"),
-    ("cars", None, "one subfolder per class"),
     ("coco", '{"images": [', f"Expecting value: line 1 column 13 (char 12): {KARPATHY}"),
     ("coco", '{"images": [{"split": "train"}]}', "0 test images"),
-    ("coco", '{"images": [{"split": "test", "filename": "1.jpg"}]}', "'sentences'"),
     ("coco", one("[]"), f"1 test images, of which 0 have captions: {KARPATHY}"),
-    ("coco", one('[{"raw": 5}]'), "'int' object has no"),
     ("coco", one('[{"raw": " "}]'), f"a class name or caption is empty: {KARPATHY}"),
     ("coco", one('[{"raw": "\\ud800"}]'), "surrogates not allowed"),
     ("coco", one('[{"raw": "a"}]').replace("1.jpg", "2.jpg"), "1 of 1 test images missing, first"),
@@ -4377,19 +4364,17 @@ def test_the_picture_shows_won_pairs_then_lost_ones(tmp_path, monkeypatch):
     for pair in before["pairs"]:
         pair["images"] = (tmp_path / "0.png", tmp_path / "1.png")
     eval_mmvp.draw_changes(tmp_path / "many.png", before, after)
-    sheet = Image.open(tmp_path / "many.png").convert("RGB")
-    assert sheet.size == (4 * 440 + 20, 60 + 3 * 420)
     assert frames(tmp_path / "many.png", 12) == [GREEN] * 8 + [RED] * 4  # every fifth of 60
+    sheet = Image.open(tmp_path / "many.png").convert("RGB")
     middles = [sheet.getpixel((15 + x, 60 + 136)) for x in (110, 320)]
     assert middles == [(255, 165, 0), (0, 0, 128)]
     title, *texts = [text for _, _, text, *_ in written]
     assert title.startswith("40 pairs won (green frame), 20 lost (red), of 61. 12 are shown")
-    won = ["1. a", "2. b", "before", "wrong", "right", "after", "right", "right"]
-    lost = ["1. a", "2. b", "before", "right", "right", "after", "wrong", "right"]
-    assert texts[:9] == ["Color (1, 2)", *won]
-    assert texts[-9:] == ["Color (111, 112)", *lost]
+    assert texts[0] == "Color (1, 2)"
+    assert texts[3:9] == ["before", "wrong", "right", "after", "right", "right"]
+    assert texts[-6:] == ["before", "right", "right", "after", "wrong", "right"]
     eval_mmvp.draw_changes(tmp_path / "none.png", before, before)
-    assert Image.open(tmp_path / "none.png").size[1] == 60
+    assert Image.open(tmp_path / "none.png").size == (4 * 440 + 20, 60)
 
 
 # ------------------------------------------------------------------ evaluation's command
@@ -4407,24 +4392,22 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
     outputs = []
     for _ in range(2):
         eval_mmvp.main(comparison)
-        files = [(tmp_path / name).read_bytes() for name in ("out.json", "out.png")]
+        files = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
         outputs.append([*capsys.readouterr(), *files])
     assert outputs[0] == outputs[1]
     printed, progress, _, _ = outputs[0]
     assert "One pair is worth 3.70 to 5.56 %" in printed
     assert progress == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
 
 @torch.no_grad()
 def judge_as_the_script(clip, preprocess, tokenizer, folder):
-    """What the benchmark's evaluate_vlm.py does, two rows at a time: the statements, their scores,
-    and of each pair whether it is right."""
+    """What the benchmark's evaluate_vlm.py does, two rows at a time: each pair's statements, their
+    scores, and whether the pair is right."""
     with open(folder / "Questions.csv", newline="", encoding="utf-8") as file:
         _, *rows = csv.reader(file)
-    scores, right = [], []
     for pair in zip(rows[::2], rows[1::2], strict=True):
-        pixels, picks = [], []
+        pixels, scores = [], []
         for number, pattern, _ in pair:
             [path] = (folder / IMAGES / pattern).glob(f"{number}.*")
             pixels.append(preprocess(Image.open(path)))
@@ -4432,14 +4415,11 @@ def judge_as_the_script(clip, preprocess, tokenizer, folder):
             text = tokenizer(["a photo of " + statement])
             image, text, scale = clip(torch.stack(pixels), text)[:3]
             scores.append((scale * text @ image.T).softmax(dim=-1)[0, 0].item())
-            picks.append("img1" if scores[-1] > 0.5 else "img2")
-        right.append(picks == ["img1", "img2"])
-    return [statement for _, _, statement in rows], scores, right
+        picks = ["img1" if score > 0.5 else "img2" for score in scores]
+        yield [statement for _, _, statement in pair], scores, picks == ["img1", "img2"]
 
 
-def test_the_json_equals_the_protocol_pair_by_pair(
-    comparison, two_clips, benchmark, tmp_path, monkeypatch
-):
+def test_the_json_equals_the_protocol_pair_by_pair(comparison, benchmark, tmp_path, monkeypatch):
     """But for a pair's pattern, which is what its Type says."""
     calls = watch(monkeypatch, eval_mmvp, "evaluate")
     eval_mmvp.main([*comparison, "--batch-size=3"])
@@ -4447,23 +4427,22 @@ def test_the_json_equals_the_protocol_pair_by_pair(
     content = json.loads((tmp_path / "out.json").read_text())
     keys = ["backbone", "models", "prompts", "before", "after", "rows", "pairs"]
     assert (list(content), content["prompts"]) == (keys, {"folder": 1})
-    assert content["models"] == {"before": two_clips[0], "after": two_clips[1]}
     pairs = content["pairs"]
     assert [number for pair in pairs for number in pair["ids"]] == list(range(1, 53))
     verdicts = []
     for model, file in content["models"].items():
         clip = load_clip("tiny-clip", file)
-        statements, scores, right = judge_as_the_script(*clip, benchmark)
-        assert [text for pair in pairs for text in pair["statements"]] == statements
-        ours = [score for pair in pairs for score in pair[model]["scores"]]
-        assert ours == pytest.approx(scores, abs=1e-5)
-        assert [pair[model]["correct"] for pair in pairs] == right
+        right = []
+        for pair, judged in zip(pairs, judge_as_the_script(*clip, benchmark), strict=True):
+            statements, scores, correct = judged
+            assert (pair["statements"], pair[model]["correct"]) == (statements, correct)
+            assert pair[model]["scores"] == pytest.approx(scores, abs=1e-5)
+            right.append(correct)
         patterns = {name: 100 * np.mean(right[i::9]) for i, name in enumerate(PATTERNS)}
         mean = np.mean(list(patterns.values()))
         assert mean != 100 * np.mean(right)  # a test of something
         assert content[model]["patterns"] == pytest.approx(patterns)
         assert content[model]["average"] == pytest.approx(mean)
-        assert list(content[model]) == ["average", "patterns", "zeroshot"]
         verdicts.append(right)
     verdicts = list(zip(*verdicts, strict=True))
     won, lost = verdicts.count((False, True)), verdicts.count((True, False))
@@ -4478,10 +4457,8 @@ def test_zeroshot_alone_needs_no_benchmark_and_says_so(comparison, tmp_path, cap
     eval_mmvp.main(comparison[:4])
     printed = capsys.readouterr()
     assert printed.err == "no --benchmark: the zero-shot sets alone are evaluated\n"
-    assert re.search(r"^folder accuracy +30 ", printed.out, re.M)
-    assert "MMVP" not in printed.out
+    assert "folder accuracy" in printed.out and "MMVP" not in printed.out
     content = json.loads((tmp_path / "out.json").read_text())
-    assert list(content) == ["backbone", "models", "prompts", "after", "rows", "pairs"]
     assert (content["after"]["average"], content["pairs"]) == (None, [])
 
 
@@ -4489,23 +4466,18 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
     shutil.copytree(classes, tmp_path / "cars")
     last = tmp_path / "cars" / "red_star" / "z.png"
     last.write_bytes(b"P6 1 1 255 abc")  # a .ppm's content
+    says = f"cars was not measured: cannot decode the image {last} ("
     flags = [*comparison, "--zeroshot", f"cars:{tmp_path}/cars", f"folder:{classes}"]
-    with pytest.raises(SystemExit) as stop:
-        eval_mmvp.main(flags)
-    assert stop.value.code == 2
-    shown = capsys.readouterr()
-    says = f"eval_mmvp.py: cars was not measured: cannot decode the image {last} ("
-    assert shown.err.startswith(says)
-    assert shown.err.count("\n") == 1
-    assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", shown.out, re.M)
+    refused(lambda _: eval_mmvp.run(flags), says)
+    printed = capsys.readouterr().out
+    assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", printed, re.M)
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["prompts"] == {"cars": 8, "folder": 1}
     for model in ("before", "after"):
         assert list(content[model]["zeroshot"]) == ["folder accuracy"]
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
     monkeypatch.setattr(eval_mmvp, "MANY", 0)  # now a worker fails, and nothing else is measured
-    alone = [*comparison[:2], comparison[3], f"--zeroshot=cars:{tmp_path}/cars"]
-    refused(lambda _: eval_mmvp.run(alone), "cars was not measured: cannot decode", last)
+    refused(lambda _: eval_mmvp.run([*comparison[:2], *flags[-3:-1]]), says)
 
 
 DRAWN = os.path.join(HERE, "toy", "data")
@@ -4523,18 +4495,15 @@ def test_the_presets_defaults_give_way_to_what_is_typed(line, expected):
     assert args | expected == args
 
 
-NONEMPTY = ["--benchmark", "--weights", "--baseline", "--json", "--picture", "--backbone"]
 BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
-    *[(f"--benchmark B {flag}=", f"argument {flag}: the value is empty") for flag in NONEMPTY],
+    ("--benchmark B --weights=", "argument --weights: the value is empty"),
     ("", "nothing to evaluate: download MMVP/MMVP_VLM from Hugging Face"),
-    ("--benchmark nowhere", "download MMVP/MMVP_VLM from Hugging Face"),
     ("--benchmark B --zeroshot folder", "write NAME:PATH, where NAME is one of cifar100"),
     ("--benchmark B --zeroshot folder:a folder:b", "--zeroshot: a set is given twice"),
     ("--zeroshot folder:B", "MLLM_VLM Images, otherwise move them elsewhere: PATH must be a"),
     ("--benchmark B --json out/", "out/ cannot be written: name a file"),
     ("--benchmark B --json /dev/null", "/dev/null cannot be written: name a file"),
     ("--benchmark B --json B/Questions.csv/x.json", "cannot be written"),
-    ("--benchmark B --json " + "x" * 300, "cannot be written"),
     ("--benchmark B --weights AFTER --json AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline AFTER --weights c --picture /.AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline b --weights c --json x --picture ./x", "./x is a CLIP to evaluate"),
@@ -4542,9 +4511,6 @@ BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
     ("--zeroshot folder:B --baseline AFTER --picture p.png", "name the pairs by --benchmark"),
     ("--benchmark B --baseline original", "by --weights"),
     ("--benchmark B --batch-size 0", "argument --batch-size: 0 is out of range"),
-    ("--benchmark B --batch-size 100001", "argument --batch-size: 100001 is out of range"),
-    ("--benchmark B --device cpu", "unrecognized arguments: --device"),
-    ("--benchmark B --preset bench", "invalid choice: 'bench'"),
     ("--preset toy", "the toy's world is drawn"),  # before it is looked for
 ]
 
@@ -4561,16 +4527,14 @@ def test_a_bad_command_is_one_line_before_any_model(
     assert list(tmp_path.iterdir()) == []
 
 
-MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried 20 GiB.")
-
-
-@pytest.mark.parametrize("flag, encode, says", [
-    ("--weights=nowhere.pt", None, "nowhere.pt"),  # although the baseline could be evaluated
-    ("--baseline=nowhere.pt", None, "nowhere.pt"),
-    ("--batch-size=3", fails(MEMORY), "out of memory.: choose a smaller --batch-size"),
+@pytest.mark.parametrize("flag, says", [
+    ("--weights=nowhere.pt", "nowhere.pt"),  # although the baseline could be evaluated
+    ("--baseline=nowhere.pt", "nowhere.pt"),
+    ("--batch-size=3", "out of memory.: choose a smaller --batch-size"),
 ])
-def test_what_does_not_load_or_fit_is_one_line(comparison, monkeypatch, flag, encode, says):
-    monkeypatch.setattr(eval_mmvp, "encode_images", encode)
+def test_what_does_not_load_or_fit_is_one_line(comparison, monkeypatch, flag, says):
+    memory = torch.OutOfMemoryError("CUDA out of memory.\nTried 20 GiB.")
+    monkeypatch.setattr(eval_mmvp, "encode_images", fails(memory))
     refused(lambda _: eval_mmvp.run([*comparison, flag]), says)
 
 
@@ -4592,9 +4556,10 @@ class RefuseWaits(TorchDispatchMode):
         return result
 
 
-def train_for_a_step(world, out, monkeypatch, kind):
-    """Train on the meta device, whose tensors have no values: from its images on, the loop fails
-    where it would wait for a GPU. InterruptedError after the optimizer's step."""
+@both_denoisers
+def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
+    """On the meta device, whose tensors have no values: from its images to the optimizer's step,
+    the loop fails where it would wait for a GPU."""
     load_batches = train.load_batches
     watching = ExitStack()
 
@@ -4612,29 +4577,8 @@ def train_for_a_step(world, out, monkeypatch, kind):
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "meta")
     # "e2e" trains what stage 2 trains, without a stage 1 before it.
     options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
-    with watching:
-        train.run(arguments(world, out, *options))
-
-
-@both_denoisers
-def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
-    with pytest.raises(InterruptedError):
-        train_for_a_step(world, tmp_path, monkeypatch, kind)
-
-
-@pytest.mark.parametrize("wait", [
-    lambda losses: losses.mean().item(),
-    lambda losses: losses[losses > 0],
-    lambda losses: losses.index_put((losses > 0,), losses.mean()),
-    lambda losses: losses.nonzero(),
-    lambda losses: losses.to("cpu"),
-    lambda losses: torch.ones(4).to(losses.device),
-    lambda losses: torch.tensor([1.0], device=losses.device),
-])
-def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
-    monkeypatch.setattr(train.Log, "add", lambda log, losses, *_: wait(losses))
-    with pytest.raises((RuntimeError, AssertionError)):
-        train_for_a_step(world, tmp_path, monkeypatch, "rf")
+    with pytest.raises(InterruptedError), watching:
+        train.run(arguments(world, tmp_path, *options))
 
 
 @pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
@@ -4700,15 +4644,11 @@ def read_tar(path):
 
 
 def test_toy_shards_are_laid_out_as_img2dataset_lays_them_out(tmp_path):
-    for _ in make_toy.write_shards(tmp_path / "train", range(5), per_shard=2):
-        pass
-    shards = sorted(os.listdir(tmp_path / "train"))
-    assert shards == ["00000.tar", "00001.tar", "00002.tar"]
-    (name, image), (_, text), (_, about) = read_tar(tmp_path / "train" / "00002.tar")
-    assert name == "000020000.jpg"
+    list(make_toy.write_shards(tmp_path / "it", range(5), per_shard=2))
+    assert sorted(os.listdir(tmp_path / "it")) == ["00000.tar", "00001.tar", "00002.tar"]
+    (name, image), (_, text), (_, about) = read_tar(tmp_path / "it" / "00002.tar")
     assert Image.open(io.BytesIO(image)).size == (40, 40)
-    assert text == b""
-    assert json.loads(about)["key"] == "000020000"
+    assert (name, text, json.loads(about)["key"]) == ("000020000.jpg", b"", "000020000")
 
 
 def test_the_toy_benchmark_is_mmvp_vlms_and_pairs_differ_in_a_pattern(tiny_world, monkeypatch):
@@ -4751,22 +4691,21 @@ def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch, error):
 
 
 def test_statements_of_the_toy_are_english():
-    attributes = [("state", "hollow"), ("colour", "red"), ("orientation", "left")]
-    assert make_toy.describe("star", *attributes) == "a red hollow star pointing left"
-    assert make_toy.describe("star", ("colour", "orange")) == "an orange star"
+    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
+    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
 
 
-def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("typed, says", [
+    ("--steps=0", "at least 1"),
+    ("--seed=-1", "0 or more"),
+    ("--out=", "argument --out: the value is empty"),
+    ("--out=FILE", "cannot be written"),
+])
+def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch, typed, says):
     monkeypatch.setattr(make_toy, "train_vae", None)
-
-    def run(words):
-        make_toy.run(["vae", *words.split(" ")])
-
-    refused(run, "--steps 0", "at least 1")
-    refused(run, "--seed -1", "0 or more")
-    refused(lambda out: make_toy.run(["--out", out]), "", "argument --out: the value is empty")
-    (tmp_path / "file").write_text("")
-    refused(lambda out: run(f"--out {out}"), tmp_path / "file", "cannot be written")
+    (tmp_path / "file").touch()
+    typed = typed.replace("FILE", f"{tmp_path}/file")
+    refused(lambda _: make_toy.run(["vae", typed]), says)
 
 
 @pytest.mark.parametrize("what, load", [("vae", load_vae), ("vqgan", vqgan_file.load_vqgan)])
@@ -4811,10 +4750,8 @@ CLOSED_FORMS = [
     (ablate.residual, (table(TWO_ARMS),),
      (np.std(TWO_ARMS[0] - TWO_ARMS[1], ddof=1) / math.sqrt(2), 5)),
     (ablate.residual, (table([[1, 2], [4, NAN]]),), (NAN, 0)),
-    (ablate.residual, ({},), (NAN, 0)),
     # Half-widths are of tables of Student's t; p has closed forms with 1 and 2 degrees of freedom.
     (ablate.half_width, (2, 1), 2 * 12.706),
-    (ablate.half_width, (2, 5), 2 * 2.571),
     (ablate.half_width, (2, 30), 2 * 2.042),
     (ablate.half_width, (2, 10, 2), 2 * 2.634),
     (ablate.half_width, (2, 0), NAN),
@@ -4842,18 +4779,15 @@ VERDICTS = [
     ("worse", -0.1, 0.9, NAN, "excluded", 1),
     ("worse", -0.1, 1.1, NAN, "cannot tell", NAN),
     ("worse", NAN, NAN, 2, "cannot tell", NAN),
-    ("better", 0.2, 1.4, 1.8, "reproduces", 0),
     ("about as well", -0.9, 0.8, NAN, "reproduces", -1),
     ("about as well", 1.1, 3, NAN, "excluded", 1),
     ("about as well", -3, -1.1, NAN, "excluded", -1),
     ("about as well", -1.1, 0.5, NAN, "cannot tell", NAN),
     ("about as well", 0.2, 1.1, NAN, "cannot tell", NAN),
-    ("about as well", NAN, NAN, NAN, "cannot tell", NAN),
     ("no better", -3, 0.9, NAN, "reproduces", 1),
     ("no better", 0.1, 0.9, NAN, "reproduces", 1),
     ("no better", 0.1, 1.1, NAN, "opposite", 0),
     ("no better", -0.1, 1.1, NAN, "cannot tell", NAN),
-    ("no better", NAN, NAN, NAN, "cannot tell", NAN),
 ]
 
 
@@ -4867,7 +4801,6 @@ def test_verdicts_are_the_designs(expected, low, high, effect, verdict, ruled_ou
 def test_holm_goes_down_from_the_smallest_p():
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}  # the bounds are .0125, .0167, .025 and .05
     assert ablate.holm(p) == {"a", "d"}
-    assert ablate.holm({"a": 0.03, "b": 0.026}) == set()
     assert ablate.holm({"a": 0.04, "b": 0.02}) == {"a", "b"}
 
 
@@ -4885,9 +4818,14 @@ def test_curves_are_compared_over_the_retentions_that_all_reach():
     assert difference(shorter, long, ablate.AFTER).mean == 3
 
 
-def test_the_committed_grid_gives_the_committed_tables_and_figure(tmp_path, capsys):
-    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
-    ablate.main(["--report", str(tmp_path / "ablation.csv")])
+@pytest.fixture
+def committed(tmp_path):
+    """A copy of the committed grid."""
+    return shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
+
+
+def test_the_committed_grid_gives_the_committed_tables_and_figure(committed, tmp_path, capsys):
+    ablate.main(["--report", committed])
     tables, _ = capsys.readouterr().out.split("\nThe figure is")
     with open(os.path.join(ablate.HERE, "ABLATIONS.md")) as file:
         assert tables in file.read()
@@ -4895,17 +4833,16 @@ def test_the_committed_grid_gives_the_committed_tables_and_figure(tmp_path, caps
         assert (tmp_path / "ablation.svg").read_text() == file.read()
 
 
-def test_a_report_on_some_arms_takes_their_cells_alone(tmp_path, capsys):
-    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
-    path = str(tmp_path / "ablation.csv")
-    curves = ablate.read_csv(path)
-    ablate.main(["--report", path, "--arms", "uniform t"])
+def test_a_report_on_some_arms_takes_their_cells_alone(committed, tmp_path, capsys):
+    curves = ablate.read_csv(committed)
+    ablate.main(["--report", committed, "--arms", "uniform t"])
     [row] = re.findall(r"\| uniform t \| Table 4.*", capsys.readouterr().out)
-    ends = [[curves[name, str(clip)][-1]["pairs"] for clip in range(6)]
-            for name in ("uniform t", "rf")]
-    differences = np.subtract(*ends)
-    half = 2.571 * differences.std(ddof=1) / math.sqrt(6)  # Student's, of 5 degrees of freedom
-    assert f"| {differences.mean():+.2f} ± {half:.2f} |" in row
+    differences = []
+    for clip in "012345":
+        uniform, rf = [curves[arm, clip][-1]["pairs"] for arm in ("uniform t", "rf")]
+        differences.append(uniform - rf)
+    half = 2.571 * np.std(differences, ddof=1) / math.sqrt(6)  # Student's, of 5 degrees of freedom
+    assert f"| {np.mean(differences):+.2f} ± {half:.2f} |" in row
     assert os.listdir(tmp_path) == ["ablation.csv"]  # the figure is of all arms
 
 
@@ -4939,19 +4876,17 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
     common = f"train.py --preset toy --seed 0 --clip-weights {weights} --out OUT/clip-0/"
     start = "--init OUT/clip-0/rf/stage1/last.safetensors"  # frozen shares rf's stage 1
     second = "--steps 240 --export-every 40 --lr-clip 4e-4"
-    expected = [
+    for expected in (
         "toy/make_toy.py clip --seed 5 --regime weak --out OUT/clip-5",
         "toy/make_toy.py clip --seed 0 --regime full --out OUT/clip-full",
-        f"{common}rf --stage 1 --steps 250",
         f"{common}stage 1: 60 steps --stage 1 --steps 250 --steps 60",
         f"{common}frozen --stage 2 {second} --freeze-denoiser {start}",
         f"{common}end to end --stage e2e {second}",
-    ]
-    assert [words.count(command) for command in expected] == [1] * 6
+    ):
+        assert words.count(expected) == 1
     arms = [(name, clip) for name, arm in ablate.ARMS.items() for clip in arm.clips]
     assert sum("--export-every" in line for line in words) == len(arms)
     assert sum("make_toy.py" in line for line in words[:6]) == 6  # before all others
-    csv_before = (tmp_path / "ablation.csv").read_text()
     curves = ablate.read_csv(tmp_path / "ablation.csv")
     assert sorted(curves) == sorted(arms)
     for curve in curves.values():
@@ -4959,10 +4894,11 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
 
     commands.clear()
     os.remove(tmp_path / "clip-2" / "frozen" / "open_clip" / "open_clip_model.safetensors")
-    kept = [line for line in csv_before.splitlines(True) if "frozen,2," not in line]
+    before = (tmp_path / "ablation.csv").read_text()
+    kept = [line for line in before.splitlines(True) if "frozen,2," not in line]
     (tmp_path / "ablation.csv").write_text("".join(kept))
     ablate.run_grid(str(tmp_path), ablate.FULL | {"arms": ("rf", "frozen")}, 1)
-    assert (tmp_path / "ablation.csv").read_text() == csv_before  # with the cells of other arms
+    assert (tmp_path / "ablation.csv").read_text() == before  # with the cells of other arms
     [again] = commands
     assert f"{tmp_path}/clip-2/frozen" in again
 
@@ -4986,22 +4922,20 @@ def test_what_stops_a_grid_or_a_report_is_one_line(tmp_path, monkeypatch):
 
 
 def test_after_an_error_no_further_run_begins(monkeypatch):
-    seen, all_began = [], threading.Event()
+    began, failed = [], threading.Event()
 
     def call(number, log):
-        seen.append(number)
-        if number == 0:
-            all_began.wait(1)  # a long run, beside which another one fails
+        began.append(number)
         if number == 1:
+            failed.set()
             raise UserError("no")
+        failed.wait(10)  # the first one is long: another fails beside it
         time.sleep(0.01)
-        if len(seen) == 50:
-            all_began.set()
 
     monkeypatch.setattr(ablate, "call", call)
     with pytest.raises(UserError):
         ablate.run_missing("runs", {f"no file {number}": number for number in range(50)}, 2)
-    assert len(seen) < 50
+    assert len(began) < 50
 
 
 def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeypatch):
@@ -5014,21 +4948,20 @@ def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeyp
     weights = os.path.join(ablate.HERE, "clip.safetensors")
     exported = {("0", "original", 0): weights, ("0", "rf", 2): weights}
     ablate.score_missing(tmp_path, exported)
-    [before, after] = ablate.read_csv(tmp_path / "ablation.csv")["rf", "0"]
-    assert (after["rate"], after["precision"], after["heldout"]) == ("0.0004", "fp32", 0.6712)
+    curve = ablate.read_csv(tmp_path / "ablation.csv")["rf", "0"]
+    about = [curve[1][name] for name in ("rate", "precision", "heldout")]
+    assert about == ["0.0004", "fp32", 0.6712]
 
-    clip, preprocess, tokenizer = load_clip("toy")
-    tasks = [("folder", str(tmp_path / "test" / "zeroshot"))]
-    truth = eval_mmvp.evaluate(clip, preprocess, tokenizer, tmp_path / "test" / "mmvp", tasks)
+    toy = load_clip("toy")
+    tasks = [("folder", tmp_path / "test" / "zeroshot")]
+    truth = eval_mmvp.evaluate(*toy, tmp_path / "test" / "mmvp", tasks)
     margins = []
     for pair in truth["pairs"]:
-        images = [preprocess(Image.open(file)) for file in pair["images"]]
-        texts = tokenizer(["a photo of " + statement for statement in pair["statements"]])
-        with torch.no_grad():
-            _, logits = clip.get_logits(torch.stack(images), texts)  # (2 statements, 2 images)
-        worse = min(logits[0, 0] - logits[0, 1], logits[1, 1] - logits[1, 0])
-        margins.append(max(-4, min(4, float(worse))))
-    for scored in (before, after):
+        prompts = ["a photo of " + statement for statement in pair["statements"]]
+        (a, b), (c, d) = toy[0].logit_scale.exp().item() * cosines(toy, prompts, pair["images"])
+        margins.append(np.clip(min(a - b, d - c), -4, 4))
+    assert len(curve) == 2
+    for scored in curve:
         assert scored["pairs"] == pytest.approx(truth["average"])
         assert scored["zeroshot"] == pytest.approx(truth["zeroshot"]["folder accuracy"])
         assert scored["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
@@ -5038,7 +4971,6 @@ def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeyp
 
 
 def test_nothing_else_draws_the_tests_images():
-    own = {ablate.PAIR_SEED, ablate.IMAGE_SEED}
     worlds = {value for value in vars(make_toy).values() if type(value) is int}
-    assert len(own) == 2
-    assert not own & (worlds | {101, 102, 103})  # these are of the first grid
+    others = worlds | {101, 102, 103}  # the last three are of the first grid
+    assert len({ablate.PAIR_SEED, ablate.IMAGE_SEED} - others) == 2
