@@ -3224,7 +3224,6 @@ def test_damaged_checkpoints_are_skipped(
 
 
 @pytest.mark.parametrize("name, start", [
-    ("index-data.safetensors", []),
     ("settings.json", []),
     ("log.csv", []),
     ("000003.png", [2]),
@@ -3354,21 +3353,19 @@ def test_more_than_a_tenth_of_enough_images_is_too_many(tmp_path, start, step, t
 
 # ------------------------------------------------------------------ machines
 
-def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, monkeypatch, capsys):
+    """But not for a file system without locks."""
+    says = "is in use by another run"
     with train.lock_run_directory(settings("--out", tmp_path / "run")):
         process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
         process.join()
     assert process.exitcode == 2
-    assert "is in use by another run" in one_line((tmp_path / "said").read_text())
-    train_stub(world, tmp_path / "run")
-
-
-def test_a_file_system_without_locks_is_no_run_of_another(world, tmp_path, monkeypatch, capsys):
+    assert says in one_line((tmp_path / "said").read_text())
     for code in (errno.EACCES, errno.EAGAIN):
         monkeypatch.setattr(fcntl, "lockf", fails(OSError(code, "held")))
-        assert "is in use by another run" in refusal(capsys, train_stub, world, tmp_path)
+        assert says in refusal(capsys, train_stub, world, tmp_path / "run")
     monkeypatch.setattr(fcntl, "lockf", fails(OSError(errno.ENOLCK, "no lock")))
-    train_stub(world, tmp_path)
+    train_stub(world, tmp_path / "run")
     assert "a file system without locks (no lock)" in capsys.readouterr().out
 
 
@@ -3393,8 +3390,7 @@ def test_windows_is_refused_in_one_line(tmp_path):
     process = in_a_process(tmp_path / "said", start_on_windows)
     process.join()
     assert process.exitcode == 2
-    line = one_line((tmp_path / "said").read_text())
-    assert all(system in line for system in ("Linux", "macOS", "WSL"))
+    assert "Linux, macOS and WSL" in one_line((tmp_path / "said").read_text())
 
 
 def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
@@ -3691,11 +3687,8 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--stage all --lr 1", "belong to one stage"),
     ("--preset bench --steps 1", "--preset bench measures one --stage"),
     ("--out WORLD/tiny-clip.json", "--out .*tiny-clip.json cannot be written"),
-    ("--out WORLD/tiny-clip.json/below", "--out .*below cannot be written"),
-    (f"--out {300 * 'x'}", "--out x+ cannot be written"),
     ("--backbone nonsense", "unknown backbone 'nonsense'"),
     ("--clip-weights nowhere.pt", "CLIP weights not found at '?nowhere.pt"),
-    ("--clip-weights random", "CLIP weights not found at '?random"),
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
@@ -3704,9 +3697,7 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
-    ("--data WORLD/tiny-clip.json", "no image and no .tar"),
     ("--val nowhere", "data not found at nowhere"),
-    ("--init nowhere", "FLUX's weights not found at 'nowhere'"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
@@ -3757,8 +3748,6 @@ def test_an_option_that_an_older_version_lacked_had_its_default(world, stopped, 
 
 @pytest.mark.parametrize("typed, says", [
     ("--seed 1", "seed was 0, is 1"),
-    ("--denoiser perceiver", "denoiser was rf, is perceiver"),
-    ("--lr 3e-4", "lr was 0.0001, is 0.0003"),
     ("--accum 1", "micro-batches of a step .* was 2, is 1"),
     ("--data WORLD/data/00000.tar", "data was 60 images, .*, is 30 images"),
     ("--stage e2e", r"holds another run \(stage1\)"),
@@ -3793,12 +3782,10 @@ def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, 
     ("--stage 2", dict(lr=1e-5, lr_clip=1e-5, epochs=1, warmup=10, weight_decay=0.01)),
     ("--stage 2 --lr 1e-3", dict(lr=1e-3, lr_clip=1e-3)),
     ("--stage e2e", dict(lr=1e-4, lr_clip=1e-5, epochs=2, depth=[2, 4], layers=6)),
-    ("--stage e2e --lr-clip 1e-3", dict(lr=1e-4, lr_clip=1e-3)),
     ("--stage 1 --denoiser perceiver", dict(width=1024, mask_ratio=[0.5, 0.9])),
     ("--stage 1 --preset toy", dict(steps=250, lr=2e-3, width=128, backbone="toy")),
     ("--stage 2 --preset toy", dict(steps=130, lr=1e-3, lr_clip=4e-4)),
     ("--stage e2e --preset toy --denoiser perceiver", dict(steps=500, width=128)),
-    ("--preset toy --steps 7", dict(steps=7)),
     ("--preset toy --epochs 2", dict(steps=None, epochs=2)),
     ("--preset bench --steps 300", dict(stage=1, steps=300, accum=2, data=[])),
 ])
@@ -3925,6 +3912,8 @@ def test_a_byte_order_mark_spaces_blank_rows_another_header_and_links_are_tolera
 
 NO_PAIR = "starts no pair: a pair is an odd id and, in the next row, the next id of the same Type"
 MUST_BE = "must be a number, a Type and a statement (in quotes if it has a comma), not "
+
+
 @pytest.mark.parametrize("rows, says", [  # the rows below the header, and what is said
     ([], "Questions.csv is empty"),
     (["\xff"], "Questions.csv not found, or no CSV file in UTF-8"),
@@ -4446,7 +4435,6 @@ def test_the_presets_defaults_give_way_to_what_is_typed(line, expected):
     ("--benchmark B --zeroshot folder:a folder:b", "--zeroshot: a set is given twice"),
     ("--zeroshot folder:B", "MLLM_VLM Images, otherwise move them elsewhere: PATH must be a"),
     ("--benchmark B --json out/", "out/ cannot be written: name a file"),
-    ("--benchmark B --json /dev/null", "/dev/null cannot be written: name a file"),
     ("--benchmark B --json B/Questions.csv/x.json", "cannot be written"),
     ("--benchmark B --weights AFTER --json AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline AFTER --weights c --picture /.AFTER", "is a CLIP to evaluate"),
@@ -4584,6 +4572,11 @@ def read_tar(path):
         return [(member.name, tar.extractfile(member).read()) for member in tar]
 
 
+def test_statements_of_the_toy_are_english():
+    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
+    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
+
+
 def test_toy_shards_are_laid_out_as_img2dataset_lays_them_out(tmp_path):
     list(make_toy.write_shards(tmp_path / "it", range(5), per_shard=2))
     assert sorted(os.listdir(tmp_path / "it")) == ["00000.tar", "00001.tar", "00002.tar"]
@@ -4629,11 +4622,6 @@ def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch, error):
     with pytest.raises((KeyboardInterrupt, UserError)):
         make_toy.draw_world(tmp_path / "data", **TINY_WORLD)
     assert os.listdir(tmp_path) == []
-
-
-def test_statements_of_the_toy_are_english():
-    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
-    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
 
 
 @pytest.mark.parametrize("typed, says", [
@@ -4708,31 +4696,36 @@ def test_statistics_are_their_closed_forms(function, arguments, truth):
     assert function(*arguments) == pytest.approx(truth, rel=3e-4, nan_ok=True)
 
 
-@pytest.mark.parametrize("expected, low, high, effect, verdict, ruled_out", [
-    ("worse", 0.1, 1.1, 2, "reproduces", 0),
-    ("worse", 0.1, 0.7, 2, "smaller than the paper's", 0),
-    ("worse", 0.5, 0.9, 2, "smaller than the paper's", 1),
-    ("worse", 0.1, 0.9, NAN, "reproduces", 0),
-    ("worse", -2, -0.1, 2, "opposite", 0),
-    ("worse", -0.1, 0.9, 2, "excluded", 1),
-    ("worse", -0.1, 1.1, 2, "cannot tell", NAN),
-    ("worse", -0.1, 0.9, NAN, "excluded", 1),
-    ("worse", -0.1, 1.1, NAN, "cannot tell", NAN),
-    ("worse", NAN, NAN, 2, "cannot tell", NAN),
-    ("about as well", -0.9, 0.8, NAN, "reproduces", -1),
-    ("about as well", 1.1, 3, NAN, "excluded", 1),
-    ("about as well", -3, -1.1, NAN, "excluded", -1),
-    ("about as well", -1.1, 0.5, NAN, "cannot tell", NAN),
-    ("about as well", 0.2, 1.1, NAN, "cannot tell", NAN),
-    ("no better", -3, 0.9, NAN, "reproduces", 1),
-    ("no better", 0.1, 0.9, NAN, "reproduces", 1),
-    ("no better", 0.1, 1.1, NAN, "opposite", 0),
-    ("no better", -0.1, 1.1, NAN, "cannot tell", NAN),
-])
-def test_verdicts_are_the_designs(expected, low, high, effect, verdict, ruled_out):
-    said, bound = ablate.judge(expected, low, high, effect)
+VERDICTS = """
+    worse         |  0.1 |  1.1 |   2 | reproduces               |   0
+    worse         |  0.1 |  0.7 |   2 | smaller than the paper's |   0
+    worse         |  0.5 |  0.9 |   2 | smaller than the paper's |   1
+    worse         |  0.1 |  0.9 | nan | reproduces               |   0
+    worse         |   -2 | -0.1 |   2 | opposite                 |   0
+    worse         | -0.1 |  0.9 |   2 | excluded                 |   1
+    worse         | -0.1 |  1.1 |   2 | cannot tell              | nan
+    worse         | -0.1 |  0.9 | nan | excluded                 |   1
+    worse         | -0.1 |  1.1 | nan | cannot tell              | nan
+    worse         |  nan |  nan |   2 | cannot tell              | nan
+    about as well | -0.9 |  0.8 | nan | reproduces               |  -1
+    about as well |  1.1 |    3 | nan | excluded                 |   1
+    about as well |   -3 | -1.1 | nan | excluded                 |  -1
+    about as well | -1.1 |  0.5 | nan | cannot tell              | nan
+    about as well |  0.2 |  1.1 | nan | cannot tell              | nan
+    no better     |   -3 |  0.9 | nan | reproduces               |   1
+    no better     |  0.1 |  0.9 | nan | reproduces               |   1
+    no better     |  0.1 |  1.1 | nan | opposite                 |   0
+    no better     | -0.1 |  1.1 | nan | cannot tell              | nan
+"""
+
+
+@pytest.mark.parametrize("row", VERDICTS.strip().splitlines())
+def test_verdicts_are_the_designs(row):
+    """On a claim: the interval's ends, the paper's effect, the verdict, what is ruled out."""
+    expected, low, high, effect, verdict, ruled_out = map(str.strip, row.split("|"))
+    said, bound = ablate.judge(expected, float(low), float(high), float(effect))
     assert said == verdict
-    assert bound == pytest.approx(ruled_out, nan_ok=True)
+    assert bound == pytest.approx(float(ruled_out), nan_ok=True)
 
 
 def test_holm_goes_down_from_the_smallest_p():
