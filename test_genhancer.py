@@ -3046,6 +3046,7 @@ def told(said, work, *more):
     """Do work(*more), and tell the file `said` what it has to say."""
     if not open_clip.get_model_config("tiny-clip"):  # this process was not forked
         register(os.environ["TINY_WORLD"])
+    torch.set_num_threads(1)  # after a fork two threads that ask for it at once can fail
     with open(said, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
         work(*more)
@@ -3593,6 +3594,7 @@ def test_no_rank_leaves_before_rank_0_has_evaluated(mistaken, world, tmp_path):
 
 def killed_once(argv):
     """Train as a rank of torchrun; the first time, rank 1 dies at the step numbered 3."""
+    torch.set_num_threads(1)
     importlib.reload(train)
     train.write_samples = lambda *_: None
     if train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
