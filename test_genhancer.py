@@ -4396,7 +4396,9 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
         assert list(content[model]["zeroshot"]) == ["folder accuracy"]
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
     monkeypatch.setattr(eval_mmvp, "MANY", 0)  # now a worker fails, and nothing else is measured
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     refused(lambda _: eval_mmvp.run([*comparison[:2], *flags[-3:-1]]), says)
+    gc.collect()  # which ends the workers, and else waits 5 s for them in a later test
 
 
 DRAWN = os.path.join(HERE, "toy", "data")
