@@ -28,7 +28,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -46,6 +45,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import torch.distributed.run as torchrun_command
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageDraw
 from safetensors import SafetensorError
@@ -1917,7 +1917,7 @@ def test_what_a_folder_says_or_is_silent_about_is_compared(
                 load_clip(name, weights)
             elif (theirs, own) == ("gelu_pytorch_tanh", "gelu"):  # published SigLIPs are silent
                 load_clip(name, weights)
-                assert f"{line}, which is close" in capsys.readouterr().err
+                assert f"{line}; the two differ by less than 5e-4" in capsys.readouterr().err
             else:
                 refused(lambda _: load_clip(name, weights), f"{line}: choose another")
             section[key] = "other"
@@ -2329,8 +2329,7 @@ def read_log(folder):
 def trained_weights(folder):
     """The weights in the last checkpoint of a stage."""
     tensors = load_file(folder / "step-00000006.safetensors")
-    prefix = "model."
-    return {name[len(prefix):]: tensors[name] for name in tensors if name.startswith(prefix)}
+    return {key[6:]: tensors[key] for key in tensors if key.startswith("model.")}
 
 
 def built(world, out, *more):
@@ -2419,22 +2418,21 @@ def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world
 
 def test_before_is_the_backbone_and_after_the_result(tmp_path, monkeypatch):
     """Also where a set fails: the rest is written first."""
-    def loaded(name, weights):
+    def load(name, weights):
         return types.SimpleNamespace(to=lambda device: weights), None, None
 
     def measure(weights, *_):
-        failures = [] if weights == "original" else ["cars was not evaluated: x.jpg"]
-        return dict.fromkeys((*shown, "more"), weights) | {"failures": failures}
+        return dict.fromkeys((*shown, "more"), weights) | {"failures": ["cars was not evaluated"]}
 
     shown = ("average", "patterns", "zeroshot")
-    monkeypatch.setattr(train, "load_clip", loaded)
+    monkeypatch.setattr(train, "load_clip", load)
     monkeypatch.setattr(train, "evaluate", measure)
     monkeypatch.setattr(train, "print_table", lambda *_: None)
     s = settings("--stage", 2, "--out", tmp_path, "--clip-weights", "original")
-    refused(lambda _: train.evaluate_before_and_after(s, None), "cars was not evaluated: x.jpg")
+    refused(lambda _: train.evaluate_before_and_after(s, None), "cars was not evaluated")
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["before"] == dict.fromkeys(shown, "original")
-    assert result["after"] == dict.fromkeys(shown, s.result)
+    weights = {"before": "original", "after": s.result}
+    assert result == {key: dict.fromkeys(shown, file) for key, file in weights.items()}
 
 
 def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
@@ -2449,16 +2447,15 @@ def test_a_run_says_how_to_open_its_result_and_what_the_latents_are(trained):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("openai-l14-336", None),
-    ("toy", None),
-    ("siglip-so400m-384", "timm/ViT-B-16-SigLIP .* google/siglip-so400m-patch14-384"),
-    ("ViT-gopt-16-SigLIP2-256:webli", "timm/ViT-.*SigLIP2.* google/siglip2-so400m-patch14-384"),
+    ("openai-l14-336", "$"),
+    ("siglip-so400m-384", ".*timm/ViT-B-16-SigLIP .* google/siglip-so400m-patch14-384"),
+    ("ViT-gopt-16-SigLIP2-256:webli", ".*timm/ViT-.*SigLIP2.* google/siglip2-so400m-patch14-384"),
 ])
 def test_the_calls_that_open_a_result_and_a_siglips_tokenizers_are_named(name, says):
     calls, _, text = eval_mmvp.loading_hint(name, "runs/it").partition("; for text, add the ")
     assert "open_clip.create_model_and_transforms('local-dir:runs/it/open_clip')" in calls
     assert "transformers.AutoModel.from_pretrained('runs/it/hf')" in calls
-    assert re.search(says, text) if says else not text
+    assert re.match(says, text)
 
 
 @pytest.mark.parametrize("spread, doubts", [(0.25, True), (0.6, False), (1.5, False), (3, True)])
@@ -2513,21 +2510,21 @@ def test_compile_changes_no_loss_and_leaves_pictures_alone(world, tmp_path, monk
 
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda m: compile_module(m, backend=backend))
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        argv = perceiver(world, tmp_path / name, "--stage", 1, "--steps", 2, *more)
+    for more in ([], ["--compile"]):
+        argv = perceiver(world, tmp_path / f"run{len(more)}", "--stage", 1, "--steps", 2, *more)
         in_a_process(tmp_path / "said", train.main, argv, device=device).join()
-    assert_close_logs(tmp_path / "plain" / "stage1", tmp_path / "compiled" / "stage1")
-    if device == "cpu":
-        graphs = re.findall("a graph of (other|training)", (tmp_path / "said").read_text())
-        assert set(graphs) == {"training"}
+    assert_close_logs(tmp_path / "run0" / "stage1", tmp_path / "run1" / "stage1")
+    graphs = re.findall("a graph of (other|training)", (tmp_path / "said").read_text())
+    assert set(graphs) == {"training"} or device == "cuda"
 
 
-def test_flux_weights_start_a_denoiser(world, tmp_path):
-    more = ("--depth", 2, 1)
-    flux = fill(built(world, tmp_path, *more)[1].denoiser, 0.02)
-    save_file(flux.state_dict(), tmp_path / "flux.safetensors")
-    _, model = built(world, tmp_path, *more, "--init", tmp_path / "flux.safetensors")
-    assert_same_weights(model.denoiser, flux)
+def test_flux_weights_or_the_seed_are_what_a_denoiser_starts_from(world, tmp_path):
+    one, same, other = [built(world, tmp_path, "--seed", n)[1].denoiser for n in (1, 1, 2)]
+    assert_same_weights(one, same)
+    assert not torch.equal(one.img_in.weight, other.img_in.weight)
+    save_file(fill(other, 0.02).state_dict(), tmp_path / "flux.safetensors")
+    _, model = built(world, tmp_path, "--seed", 1, "--init", tmp_path / "flux.safetensors")
+    assert_same_weights(model.denoiser, other)
     assert all(p.requires_grad for p in model.denoiser.parameters())
 
 
@@ -2549,15 +2546,6 @@ def test_the_denoisers_of_the_paper_have_its_sizes():
     assert train.flux_config(settings(), vae) == gh.FluxConfig()
     perceiver = train.perceiver_config(settings("--denoiser", "perceiver"), torch.zeros(16384, 256))
     assert perceiver == gh.PerceiverConfig()
-
-
-def test_the_seed_decides_what_a_denoiser_starts_from(world, tmp_path):
-    weights = []
-    for seed in (1, 1, 2):
-        _, model = built(world, tmp_path, "--seed", seed)
-        weights.append(model.denoiser.img_in.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
 
 
 def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
@@ -2642,20 +2630,14 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(world, tmp_path, monkeypat
         assert_close(flat(parts), expected)
 
 
-def test_what_is_due_after_a_step():
-    """Of 14; after the last, all but a CLIP along the way, which stage 1 never exports."""
+@pytest.mark.parametrize("step, due", [
+    (5, "save"), (7, "export"), (11, ""), (12, "row sample"), (14, "row sample save")])
+def test_what_is_due_after_a_step_of_14(step, due):
+    """After the last, all but a CLIP along the way, which stage 1 never exports."""
     every = ("--log-every", 3, "--sample-every", 4, "--save-every", 5, "--export-every", 7)
-    last = {"row", "sample", "save"}
-    due = {
-        5: {"save"},
-        7: {"export"},
-        11: set(),
-        12: {"row", "sample"},
-        14: last,
-    }
-    for step, expected in due.items():
-        assert train.list_due(settings(*every, "--stage", 2), step, 14) == expected
-        assert train.list_due(settings(*every), step, 14) == expected - {"export"}
+    due = set(due.split())
+    assert train.list_due(settings(*every, "--stage", 2), step, 14) == due
+    assert train.list_due(settings(*every), step, 14) == due - {"export"}
 
 
 def test_a_row_of_the_log_is_made_of_means(tmp_path):
@@ -2664,34 +2646,27 @@ def test_a_row_of_the_log_is_made_of_means(tmp_path):
     log = train.Log(s, 0, 10, 80, torch.device("cpu"))
     levels = torch.tensor([0.05, 0.95, 0.99, 1.0])
     for step, losses in ((1, [1.0, 2, 3, 4]), (2, [9.0, 1, 1, 4])):
-        losses = torch.tensor(losses)
-        log.add(losses, levels, [])
+        log.add(torch.tensor(losses), levels, [])
         log.write_row(step, torch.tensor(0.5), 1e-3, [1.25, 2.5])
         row = read_log(tmp_path / "stage1")[-1]
         expected = {"step": step, "epoch": step * 4 / 80, "grad_norm": 0.5, "lr": 1e-3,
-                    "heldout": 1.25, "heldout_shuffled": 2.5}
-        expected["loss"] = losses.mean()
-        expected["loss_t_0.0"] = losses[0]
-        expected["loss_t_0.9"] = losses[1:].mean()
+                    "heldout": 1.25, "heldout_shuffled": 2.5, "loss": sum(losses) / 4,
+                    "loss_t_0.0": losses[0], "loss_t_0.9": sum(losses[1:]) / 3}
         assert {name: float(row[name]) for name in expected} == expected
         assert row["loss_t_0.5"] == ""
 
 
-class Differs(Stub):
-    """Its loss is how far an image's mean is from that of the image that conditions it."""
-
+def test_a_validation_loss_is_the_mean_over_all_images(tmp_path, monkeypatch):
+    """With the right [CLS] and with that of the image before; in micro-batches of uneven sizes."""
     def forward(self, images, condition_images):
         assert not self.training and not torch.is_grad_enabled()
         return (images - condition_images).mean((1, 2, 3)).abs(), None
 
-
-def test_a_validation_loss_is_the_mean_over_all_images(tmp_path):
-    """With the right [CLS] and with that of the image before; in micro-batches of uneven sizes."""
-    means = torch.tensor([10, 20, 50, 90, 255])
-    images = means.to(torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    monkeypatch.setattr(Stub, "forward", forward)
+    images = torch.tensor([10, 20, 50, 90, 255], dtype=torch.uint8)
     s = settings("--batch-size", 2, "--precision", "fp32", "--out", tmp_path)
-    model = Differs()
-    losses = train.validate(s, model, images)
+    model = Stub()
+    losses = train.validate(s, model, images.view(5, 1, 1, 1).expand(5, 3, 4, 4))
     assert losses == pytest.approx([0, (245 + 10 + 30 + 40 + 165) / 5 / 255])
     assert model.training
 
@@ -2708,18 +2683,16 @@ def test_the_bench_needs_no_weights_and_counts_the_models_own_work(
 
     monkeypatch.setattr(FlopCounterMode, "get_total_flops", count_millions)
     typed = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --batch-size 2 --steps 2"
-    tflops = []
+    typed = [*typed.split(), "--out", str(tmp_path)]
     for more in ([], ["--grad-checkpoint"]):
         clock = iter([0, 4, 4, 4.5, 4.5])  # 1 image / s in the first row, 8 in the second
         monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=clock.__next__))
-        train.main([*typed.split(), "--out", str(tmp_path), *more])
+        train.main([*typed, *more])
         said = capsys.readouterr().out
-        assert "x accumulation 2)" in said
         assert re.search("s / 100 iterations +50.00\nimages / s +8\npeak memory", said)
-        assert "MFU" in said
-        tflops.append(float(re.search("model TFLOP/s +([0-9.]+)", said)[1]))
+        tflops = float(re.search("model TFLOP/s +([0-9.]+)", said)[1])
+        assert tflops == pytest.approx(2 * 2 * counts[0] / 1e12, abs=0.01)  # 2 steps / s
     assert counts[0] == counts[1]
-    assert tflops == pytest.approx(2 * [2 * 2 * counts[0] / 1e12], abs=0.01)  # 2 steps / s
     assert not (tmp_path / "stage1" / "last.safetensors").exists()
 
 
@@ -2729,6 +2702,7 @@ def told(said, work, *more):
     """Do work(*more), and tell the file `said` what it has to say."""
     if not open_clip.get_model_config("tiny-clip"):  # this process was not forked
         register(os.environ["TINY_WORLD"])
+    torch.set_num_threads(1)  # after a fork two threads that ask for it at once can fail
     with open(said, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
         work(*more)
@@ -2815,12 +2789,9 @@ def stub_run(world, tmp_path_factory):
     return out
 
 
-def test_the_newest_two_checkpoints_are_kept(stub_run):
+def test_the_newest_two_checkpoints_are_kept_with_the_permissions_of_any_file(stub_run, tmp_path):
     names = sorted(path.name for path in (stub_run / "stage1").glob("step-*"))
     assert names == ["step-00000004.safetensors", "step-00000006.safetensors"]
-
-
-def test_files_of_a_run_have_the_permissions_of_any_other(stub_run, tmp_path):
     (tmp_path / "other").touch()
     modes = {path.stat().st_mode for path in stub_run.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "other").stat().st_mode}
@@ -2880,7 +2851,6 @@ DAMAGE = {
     "a bit": flip_a_bit,
     "end": lambda path: os.truncate(path, path.stat().st_size - 3),
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": lambda path: path.write_bytes(b""),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "list": lambda path: path.write_text("[]"),
     "no seal": lambda path: save_file(load_file(path), path),
@@ -2891,31 +2861,24 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage, steps, start", [
     ("a bit", [6], [4]),
-    ("end", [6], [4]),
-    ("empty", [6, 4], []),
+    ("end", [6, 4], []),
     ("no seal", [6], [4]),
     ("older", [8, 7, 6], [4]),
     ("another model's", [6], [4]),
 ])
 def test_damaged_checkpoints_are_skipped(
         world, stub_run, stopped, tmp_path, capsys, damage, steps, start):
-    """Also by a run that goes on with its data elsewhere."""
+    """Also by a run that goes on with its data elsewhere; a damaged result is written again."""
     for step in steps:
         DAMAGE[damage](stopped / "stage1" / f"step-{step:08}.safetensors")
     moved = shutil.copytree(world / "data", tmp_path / "moved")
     said = go_on(world, stub_run, stopped, capsys, start, "--data", moved)
     assert [int(step) for step in re.findall("step-0*([0-9]+).*: skipped", said)] == steps
-
-
-@pytest.mark.parametrize("damage", ["a bit", "end", "empty"])
-def test_a_damaged_result_is_written_again(world, stub_run, tmp_path, capsys, damage):
-    run = shutil.copytree(stub_run, tmp_path / "run")
-    DAMAGE[damage](run / "stage1" / "last.safetensors")
-    go_on(world, stub_run, run, capsys, [6])
+    flip_a_bit(stopped / "stage1" / "last.safetensors")
+    go_on(world, stub_run, stopped, capsys, [6])
 
 
 @pytest.mark.parametrize("name, start", [
-    ("index-data.safetensors", []),
     ("settings.json", []),
     ("log.csv", []),
     ("000003.png", [2]),
@@ -2947,8 +2910,9 @@ def refusal(capsys, work, *more):
     with pytest.raises(SystemExit) as stop:
         work(*more)
     forget(stop)
-    assert stop.value.code == 2
-    return one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
+    assert stop.value.code == (130 if line.endswith("interrupted") else 2)
+    return line
 
 
 def one_line(said):
@@ -2970,10 +2934,8 @@ def test_what_stops_a_run_is_one_line(
         world, tmp_path, monkeypatch, capsys, owner, name, fault, says):
     saved = watch(monkeypatch, train.Checkpoints, "save")
     monkeypatch.setattr(owner, name, fault)
-    with pytest.raises(SystemExit) as stop:
-        train_stub(world, tmp_path, "--workers", 1, "--log-every", 2)
-    forget(stop)
-    assert re.match(f"train.py: {says}", one_line(capsys.readouterr().err))
+    line = refusal(capsys, train_stub, world, tmp_path, "--workers", 1, "--log-every", 2)
+    assert re.match(f"train.py: {says}", line)
     assert not saved
 
 
@@ -3020,13 +2982,10 @@ def test_bad_images_are_counted_and_a_killed_run_draws_the_same_for_them(world, 
     assert_same_run(tmp_path / "whole", tmp_path / "killed", "stage1")
 
 
-@pytest.mark.parametrize("enough, seen", [(12, 12), (1000, 24)])
-def test_too_many_bad_images_stop_a_run_at_the_latest_at_its_end(
-        world, tmp_path, monkeypatch, capsys, enough, seen):
-    monkeypatch.setattr(train.Log, "ENOUGH", enough)
+def test_too_many_bad_images_stop_a_run_at_the_latest_at_its_end(world, tmp_path, capsys):
     data = write_bad_data(tmp_path / "data", 4)
     line = refusal(capsys, train_stub, world, tmp_path, "--data", data)
-    assert f" of {seen} images cannot be decoded" in line
+    assert " of 24 images cannot be decoded" in line
     assert not (tmp_path / "stage1" / "last.safetensors").exists()
 
 
@@ -3049,28 +3008,20 @@ def test_more_than_a_tenth_of_enough_images_is_too_many(tmp_path, start, step, t
 
 # ------------------------------------------------------------------ machines
 
-def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, monkeypatch, capsys):
+    """But not for a file system without locks."""
+    says = "is in use by another run"
     with train.lock_run_directory(settings("--out", tmp_path / "run")):
         process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
         process.join()
     assert process.exitcode == 2
-    assert "is in use by another run" in one_line((tmp_path / "said").read_text())
-    train_stub(world, tmp_path / "run")
-
-
-def test_a_file_system_without_locks_is_no_run_of_another(world, tmp_path, monkeypatch, capsys):
+    assert says in one_line((tmp_path / "said").read_text())
     for code in (errno.EACCES, errno.EAGAIN):
         monkeypatch.setattr(fcntl, "lockf", fails(OSError(code, "held")))
-        assert "is in use by another run" in refusal(capsys, train_stub, world, tmp_path)
+        assert says in refusal(capsys, train_stub, world, tmp_path / "run")
     monkeypatch.setattr(fcntl, "lockf", fails(OSError(errno.ENOLCK, "no lock")))
-    train_stub(world, tmp_path)
+    train_stub(world, tmp_path / "run")
     assert "a file system without locks (no lock)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_a_lone_variable_of_torchrun_is_one_line(monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    refused(lambda _: train.check_launch(), f"{name} is set", "torchrun")
 
 
 def test_an_out_that_a_node_does_not_see_is_one_line(tmp_path, monkeypatch):
@@ -3088,8 +3039,7 @@ def test_windows_is_refused_in_one_line(tmp_path):
     process = in_a_process(tmp_path / "said", start_on_windows)
     process.join()
     assert process.exitcode == 2
-    line = one_line((tmp_path / "said").read_text())
-    assert all(system in line for system in ("Linux", "macOS", "WSL"))
+    assert "Linux, macOS and WSL" in one_line((tmp_path / "said").read_text())
 
 
 def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
@@ -3111,10 +3061,9 @@ def test_peak_memory_is_in_gb_on_each_system(monkeypatch, platform, unit):
 
 # ------------------------------------------------------------------ several processes
 
-def rank(number, port, work, *more):
-    """Do work(*more) as torchrun's process of this number, of two."""
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+def rank(variables, work, *more):
+    """Do work(*more) as a process of torchrun's, in which these variables are set."""
+    os.environ |= {"MASTER_ADDR": "localhost"} | variables
     importlib.reload(train)
     work(*more)
 
@@ -3126,12 +3075,21 @@ def in_two_processes(folder, works, device="cpu"):
         port = listener.getsockname()[1]  # a free one
     names = [folder / f"said-{number}" for number in range(2)]
     processes = []
-    for number, (name, work) in enumerate(zip(names, works, strict=True)):
-        processes.append(in_a_process(name, rank, number, port, *work, device=device))
+    for number, work in enumerate(works):
+        variables = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        variables |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        processes.append(in_a_process(names[number], rank, variables, *work, device=device))
     for process in processes:
         process.join(60 if device == "cpu" else 300)
         process.kill()
     return [name.read_text() for name in names], [process.exitcode for process in processes]
+
+
+def in_both(folder, work, *more, device="cpu"):
+    """Do work(*more) in each of two processes, which must succeed; what they said."""
+    said, statuses = in_two_processes(folder, 2 * [(work, *more)], device)
+    assert statuses == [0, 0], said
+    return said
 
 
 def train_e2e(world, out, *more):
@@ -3141,37 +3099,29 @@ def train_e2e(world, out, *more):
     train.main(arguments(world, out, *typed, *more))
 
 
-def train_one(world, out, device):
-    """On one process, with two micro-batches a step; what it said."""
-    said = out.parent / "said"
-    in_a_process(said, train_e2e, world, out, device=device).join()
-    return said.read_text()
-
-
-def train_two(world, out, *more, device="cpu"):
-    """On two processes, each with one micro-batch a step; what the first of them said."""
-    works = 2 * [(train_e2e, world, out, "--accum", 1, *more)]
-    said, statuses = in_two_processes(out.parent, works, device)
-    assert statuses == [0, 0], said
-    return said[0]
-
-
 TWO_DEVICES = ["cpu"] + ["cuda"] * (len(DEVICES) > 1 and torch.cuda.device_count() > 1)
 
 
 @pytest.mark.parametrize("device", TWO_DEVICES)
 def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
     """But for rounding; they also go on from where two processes were after their second step."""
+    def alone(out):
+        in_a_process(tmp_path / "said", train_e2e, world, out, device=device).join()
+        return (tmp_path / "said").read_text()
+
+    def together(out, *more):
+        return in_both(tmp_path, train_e2e, world, out, "--accum", 1, *more, device=device)[0]
+
     single, double = tmp_path / "single", tmp_path / "double"
-    train_one(world, single, device)
-    train_two(world, double, device=device)
+    alone(single)
+    together(double)
     runs = [double, tmp_path / "shards", tmp_path / "one"]
     for out in runs[1:]:
         shutil.copytree(double, out)
         for path in [*out.glob("open_clip/*"), *out.glob("e2e/step-*3.*")]:
             path.unlink()
-    assert "resumed from" in train_two(world, tmp_path / "shards", "--shard", device=device)
-    assert "resumed from" in train_one(world, tmp_path / "one", device)
+    assert "resumed from" in together(tmp_path / "shards", "--shard")
+    assert "resumed from" in alone(tmp_path / "one")
     name = os.path.join("e2e", "step-00000003.safetensors")
     expected = load_file(single / name)
     assert any("lora_B" in key for key in expected)
@@ -3190,14 +3140,16 @@ def test_shards_in_bf16_sum_the_gradients_of_ddp(world, tmp_path):
     Adam's first moments after one step are the gradients themselves, times a tenth.
     """
     typed = ("--stage", 1, "--steps", 1, "--accum", 2, "--precision", "bf16", "--clip-grad", 1e6)
-    moments = []
-    for name, more in (("ddp", ()), ("shards", ("--shard",))):
-        train_two(world, tmp_path / name, *typed, *more)
-        state = load_file(tmp_path / name / "stage1" / "step-00000001.safetensors")
-        moments.append({key: state[key] for key in state if key.startswith("exp_avg.")})
-    ddp, sharded = moments
+    states = []
+    for more in ([], ["--shard"]):
+        out = tmp_path / f"run{len(more)}"
+        in_both(tmp_path, train_e2e, world, out, *typed, *more)
+        states.append(load_file(out / "stage1" / "step-00000001.safetensors"))
+    ddp, sharded = states
     assert ddp.keys() == sharded.keys()
-    for key in ddp:
+    moments = [key for key in ddp if key.startswith("exp_avg.")]
+    assert moments
+    for key in moments:
         assert_close(sharded[key], ddp[key], 0.01)
 
 
@@ -3216,185 +3168,153 @@ def look_at_gradients(world, out):
 
 def test_under_ddp_a_gradient_is_held_once(world, tmp_path):
     """It stays a view of DDP's bucket, over two micro-batches a step."""
-    works = 2 * [(look_at_gradients, world, tmp_path / "run")]
-    said, statuses = in_two_processes(tmp_path, works)
-    assert statuses == [0, 0], said
+    said = in_both(tmp_path, look_at_gradients, world, tmp_path / "run")
     assert re.findall("buckets ([0-9]+)", said[0]) == 6 * ["1"]
 
 
 def test_a_rank_that_dies_is_one_line(world, tmp_path):
-    works = [(train_stub, world, tmp_path / "run"),
-             (killed_at, 2, train_stub, world, tmp_path / "run")]
-    said, statuses = in_two_processes(tmp_path, works)
+    work = (train_stub, world, tmp_path / "run")
+    said, statuses = in_two_processes(tmp_path, [work, (killed_at, 2, *work)])
     assert statuses == [2, -signal.SIGKILL]
     assert "this rank lost another rank" in one_line(said[0])
 
 
-def differ(world, out, mine, other):
-    """The line in which two ranks end, whose commands end in `mine` and in `other`."""
-    works = [(train_stub, world, out, *mine), (train_stub, world, out, *other)]
-    said, statuses = in_two_processes(out, works)
-    assert statuses == [2, 2], said
-    assert "Traceback" not in said[1] and "train.py: " not in said[1]
-    return one_line(said[0])
-
-
-def test_ranks_whose_commands_differ_end_in_one_line(world, tmp_path):
-    line = differ(world, tmp_path, ["--steps", 4], ["--steps", 4, "--lr", 0.1])
-    assert "lr is 0.0001 on rank 0, and 0.1 on rank 1" in line
-
-
-def test_ranks_whose_images_differ_end_in_one_line(world, tmp_path):
-    """Each has an --out of its own, and the second one's holds the index of an earlier run."""
-    (tmp_path / "other").mkdir()
-    index = str(tmp_path / "other" / "index-data.safetensors")
-    train.make_index([str(world / "data" / "00000.tar")], index)
-    line = differ(world, tmp_path, ["--out", tmp_path / "one"], ["--out", tmp_path / "other"])
-    assert re.search("data is 60 images, .* on rank 0, and 30 images, .* on rank 1", line)
-
-
-def test_paths_and_workers_may_differ_between_machines(world, tmp_path):
-    more = ["--workers", 1, "--data", shutil.copytree(world / "data", tmp_path / "copy")]
-    out = tmp_path / "run"
-    said, statuses = in_two_processes(
-        tmp_path, [(train_stub, world, out), (train_stub, world, out, *more)])
-    assert statuses == [0, 0], said
-
-
-@pytest.mark.parametrize("name, value", [
-    *[(name, "other") for name in vars(settings()) if name not in train.PER_MACHINE],
-    ("checksum of the CLIP", 2),
-    ("validation data", "8 images"),
+@pytest.mark.parametrize("other, says", [
+    ("--lr 0.1", "lr is 0.0001 on rank 0, and 0.1 on rank 1"),
+    ("--out OUT/part", "data is 60 images, .* on rank 0, and 30 images, .* on rank 1"),
+    ("--out OUT/copy --data OUT/copy/data --workers 1", None),
 ])
-def test_all_that_ranks_must_agree_on_is_compared(monkeypatch, name, value):
-    facts = train.describe_run(settings()) | {"checksum of the CLIP": 1, "validation data": None}
+def test_ranks_may_differ_in_paths_and_workers_alone(world, tmp_path, other, says):
+    """Each --out holds an index: of a part of the data, or of a copy with other times."""
+    for folder, shards in (("part", 1), ("copy", 2)):
+        data = tmp_path / folder / "data"
+        data.mkdir(parents=True)
+        for path in sorted((world / "data").iterdir())[:shards]:
+            shutil.copy(path, data)
+        train.make_index([str(data)], f"{tmp_path}/{folder}/index-data.safetensors")
+    plain = (train_stub, world, tmp_path / "run")
+    more = other.replace("OUT", str(tmp_path)).split()
+    said, statuses = in_two_processes(tmp_path, [plain, (*plain, *more)])
+    assert statuses == ([2, 2] if says else [0, 0]), said
+    if says:
+        assert re.search(says, one_line(said[0]))
+        assert "Traceback" not in said[1] and "train.py: " not in said[1]
+
+
+@pytest.mark.parametrize("name", [
+    *[name for name in vars(settings()) if name not in train.PER_MACHINE],
+    "checksum of the CLIP", "validation data"])
+def test_all_that_ranks_must_agree_on_is_compared(monkeypatch, name):
+    facts = train.shared_settings(settings()) | {"checksum of the CLIP": 1, "validation data": None}
 
     def gather(of_ranks, mine):
-        of_ranks[:] = [mine, mine, mine | {name: value}]
+        of_ranks[:] = [mine, mine, mine | {name: "other"}]
 
     monkeypatch.setattr(train, "WORLD", 3)
     monkeypatch.setattr(train.dist, "all_gather_object", gather)
-    says = f"{name} is {facts[name]} on rank 0, and {value} on rank 2"
+    says = f"{name} is {facts[name]} on rank 0, and other on rank 2"
     refused(lambda _: train.compare_ranks(facts), says)
 
 
 def evaluate_slowly(world, out):
-    """Train both stages in processes that wait two seconds for each other, and evaluate for six."""
+    """Train both stages in processes that wait 2 s for each other, and evaluate for 4 s."""
     connect = train.dist.init_process_group
 
     def impatient(backend, timeout, device_id):
         connect(backend, timeout=timeout / 900, device_id=device_id)
 
+    def evaluate(*_):
+        time.sleep(4)
+        assert "left" not in (out.parent / "said-1").read_text()
+        print("evaluated")
+
     train.dist.init_process_group = impatient
-    train.evaluate_before_and_after = lambda *_: time.sleep(6) or print("evaluated")
-    train.load_pretrained = lambda s: train.Pretrained(VISUAL, None, {}, {})
-    train.build_model = lambda *_: Stub()
+    train.evaluate_before_and_after = evaluate
     train.write_result = lambda *_: None
-    train.main(arguments(world, out, "--steps", 1, "--benchmark", world / "mmvp"))
+    train_stub(world, out, "--stage", "all", "--steps", 1, "--benchmark", world / "mmvp")
     print("left")
 
 
 def test_no_rank_leaves_before_rank_0_has_evaluated(mistaken, world, tmp_path):
-    said, statuses = in_two_processes(tmp_path, 2 * [(evaluate_slowly, world, tmp_path / "run")])
-    assert statuses == [0, 0], said
+    said = in_both(tmp_path, evaluate_slowly, world, tmp_path / "run")
     assert said[0].endswith("evaluated\nleft\n") and said[1].endswith("left\n")
-    times = [(tmp_path / f"said-{number}").stat().st_mtime for number in (0, 1)]
-    assert abs(times[0] - times[1]) < 4  # the second left when the first one did
 
 
-KILL_ONCE = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import train
-seed_draws = train.seed_draws
-def fatal(stream, *key):
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and train.RANK == 1 and key[1] == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    seed_draws(stream, *key)
-train.seed_draws = fatal
-train.write_samples = lambda *_: None
-train.main()
-"""
+def killed_once(argv):
+    """Train as a rank of torchrun; the first time, rank 1 dies at the step numbered 3."""
+    torch.set_num_threads(1)
+    importlib.reload(train)
+    train.write_samples = lambda *_: None
+    if train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        killed_at(3, train.main, argv)
+    train.main(argv)
+
+
+def torchrun(command, work, argv):
+    """What a command of torchrun does, but for its program; its processes are forked."""
+    variable, *words = shlex.split(command)
+    os.environ |= dict([variable.split("=")])
+    options = torchrun_command.parse_args([*words[1:], "--start-method", "fork", "program"])
+    config, _, _ = torchrun_command.config_from_args(options)
+    torchrun_command.elastic_launch(config, work)(argv)
 
 
 def test_a_killed_rank_comes_back_under_torchrun_and_the_run_ends_in_the_same_losses(
         world, tmp_path):
     """By the README's command for several nodes, here on one."""
-    (tmp_path / "kill_once.py").write_text(KILL_ONCE.format(here=HERE))
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        command = re.search("(TORCH_DISABLE.*) train.py", file.read())[1]
+        command = re.search("(TORCH_DISABLE.* torchrun .*) train.py", file.read())[1]
     command = command.replace("--nnodes 2 --nproc_per_node 8", "--nnodes 1 --nproc_per_node 2")
     command = command.replace("HOST:29500", "localhost:0")
-    vqgan = os.path.join(HERE, "toy", "vqgan.safetensors")
-    more = ("--stage", 1, "--vqgan", vqgan, "--backbone", "toy", "--clip-weights",
-            os.path.join(HERE, "toy", "clip.safetensors"), "--steps", 4)
-    typed = perceiver(world, tmp_path / "killed", *more, "--accum", 1)
-    line = f"{command} {tmp_path}/kill_once.py {shlex.join(typed)}"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
-    train.main(perceiver(world, tmp_path / "whole", *more, "--accum", 2))
+    more = ("--stage", 1, "--steps", 4, "--accum")
+    argv = perceiver(world, tmp_path / "killed", *more, 1)
+    process = in_a_process(tmp_path / "said", torchrun, command, killed_once, argv)
+    process.join(100)
+    process.terminate()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0 and "resumed from" in said, said
+    train.main(perceiver(world, tmp_path / "whole", *more, 2))
     assert_close_logs(tmp_path / "killed" / "stage1", tmp_path / "whole" / "stage1")
 
 
-CONNECTIONS = [  # what keeps processes from each other, and what the line says
-    ({"MASTER_PORT": "TAKEN"}, "failed to listen"),
-    ({"GLOO_SOCKET_IFNAME": "nowhere0"}, "nowhere0"),
-]
-
-
-@pytest.mark.parametrize("variables, says", CONNECTIONS)
-def test_processes_that_cannot_connect_end_in_one_line(world, tmp_path, variables, says):
+@pytest.mark.parametrize("name, value, says", [
+    ("MASTER_PORT", None, "failed to listen"),  # another program has it
+    ("GLOO_SOCKET_IFNAME", "nowhere0", "nowhere0"),
+])
+def test_processes_that_cannot_connect_end_in_one_line(world, tmp_path, name, value, says):
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        values = {name: value.replace("TAKEN", port) for name, value in variables.items()}
-        process = in_a_process(tmp_path / "said", alone_under_torchrun, values, world, tmp_path)
+        variables[name] = value or str(taken.getsockname()[1])
+        process = in_a_process(tmp_path / "said", rank, variables, train_stub, world, tmp_path)
         process.join()
     assert process.exitcode == 2
     line = one_line((tmp_path / "said").read_text())
     assert "rank 0 cannot connect to the others" in line and says in line
 
 
-def alone_under_torchrun(variables, world, out):
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | variables
-    importlib.reload(train)
-    train_stub(world, out)
-
-
-def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_a_missing_compiler_is_one_line(monkeypatch):
+    """Inductor's own error, without the seconds in which it comes to need a compiler."""
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere"))
+    with pytest.raises(torch._inductor.exc.InvalidCxxCompiler) as missing:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    error = torch._inductor.exc.InductorError(missing.value, None)
     with pytest.raises(UserError, match="--compile needs a C.. compiler"), train.explain_errors():
-        torch.compile(nn.Linear(2, 2))(torch.ones(1, 2))
+        raise error
 
 
 # ------------------------------------------------------------------ users' mistakes
 
-REFUSED_VALUES = {  # what is said of values that an option does not take
-    "invalid choice": ["--stage 3", "--denoiser gan", "--preset big"],
-    "invalid number value: 'many'": ["--steps many"],
-    "is out of range": [
-        "--steps 0", "--batch-size -3", "--batch-size 1000000", "--lr nan", "--scale 0",
-        "--seed -1", f"--seed {2**64}", "--width 65536", "--layers 100000", "--depth 0 1",
-        "--workers 100000", "--local-ratio 2", "--mask-ratio 0 0.5", "--mask-ratio 0.5 1.5"],
-    "the value is empty": [
-        "--backbone=", "--clip-weights=", "--vae=", "--vqgan=", "--data=", "--val=",
-        "--benchmark=", "--zeroshot=", "--out=", "--init="],
-}
-
-
-@pytest.mark.parametrize("typed, says", [
-    (typed, says) for says, values in REFUSED_VALUES.items() for typed in values])
-def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
-    option = re.split("[ =]", typed)[0]
-    refused(lambda _: settings(*typed.split()), f"{option}: ", says)
-
-
 @pytest.mark.parametrize("typed, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--denoiser gan", "--denoiser: invalid choice: 'gan'"),
+    ("--steps many", "--steps: invalid number value: 'many'"),
+    ("--steps 0", "--steps: 0 is out of range"),
+    ("--lr nan", "--lr: nan is out of range"),
+    ("--batch-size 1000000", "--batch-size: 1000000 is out of range"),
+    ("--mask-ratio 0 0.5", "--mask-ratio: 0 is out of range"),
+    ("--data=", "--data: the value is empty"),
     ("--width 100", "--width 100 must be a multiple of 128"),
     ("--mask-ratio 0.9 0.5", "give the lower ratio first"),
     ("--shuffle-target --batch-size 1", "use --batch-size 2 or more"),
@@ -3403,11 +3323,8 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--stage all --lr 1", "belong to one stage"),
     ("--preset bench --steps 1", "--preset bench measures one --stage"),
     ("--out WORLD/tiny-clip.json", "--out .*tiny-clip.json cannot be written"),
-    ("--out WORLD/tiny-clip.json/below", "--out .*below cannot be written"),
-    (f"--out {300 * 'x'}", "--out x+ cannot be written"),
     ("--backbone nonsense", "unknown backbone 'nonsense'"),
     ("--clip-weights nowhere.pt", "CLIP weights not found at '?nowhere.pt"),
-    ("--clip-weights random", "CLIP weights not found at '?random"),
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
@@ -3416,9 +3333,7 @@ def test_a_value_that_an_option_does_not_take_is_refused(typed, says):
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
-    ("--data WORLD/tiny-clip.json", "no image and no .tar"),
     ("--val nowhere", "data not found at nowhere"),
-    ("--init nowhere", "FLUX's weights not found at 'nowhere'"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
@@ -3457,23 +3372,18 @@ def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path,
     refused(lambda _: train.load_pretrained(s), "RN50-quickgelu:openai does not fit")
 
 
-@pytest.mark.parametrize("now, says", [([], None), (["--no-lora"], "no_lora was False, is True")])
-def test_an_option_that_an_older_version_lacked_had_its_default(
-        world, stopped, capsys, now, says):
+def test_an_option_that_an_older_version_lacked_had_its_default(world, stopped, capsys):
     path = stopped / "stage1" / "settings.json"
     settings = json.loads(path.read_text())
     del settings["no_lora"]
     path.write_text(json.dumps(settings))
-    if says:
-        assert says in refusal(capsys, train_stub, world, stopped, *now)
-    else:
-        train_stub(world, stopped)
+    line = refusal(capsys, train_stub, world, stopped, "--no-lora")
+    assert "no_lora was False, is True" in line
+    train_stub(world, stopped)
 
 
 @pytest.mark.parametrize("typed, says", [
     ("--seed 1", "seed was 0, is 1"),
-    ("--denoiser perceiver", "denoiser was rf, is perceiver"),
-    ("--lr 3e-4", "lr was 0.0001, is 0.0003"),
     ("--accum 1", "micro-batches of a step .* was 2, is 1"),
     ("--data WORLD/data/00000.tar", "data was 60 images, .*, is 30 images"),
     ("--stage e2e", r"holds another run \(stage1\)"),
@@ -3492,17 +3402,15 @@ def test_a_run_goes_on_with_its_own_settings_only(world, stub_run, capsys, typed
 ])
 def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, option, key, says):
     """Of the same names and sizes, and of the same values but for one."""
-    shutil.copytree(trained / "perceiver", tmp_path / "run")
-    source = {
-        "--clip-weights": world / "tiny-clip.safetensors",
-        "--vqgan": world / "vqgan.safetensors",
-        "--init": tmp_path / "run" / "stage1" / "last.safetensors",
-    }[option]
-    value = load_file(source)[key]
+    run = shutil.copytree(trained / "perceiver", tmp_path / "run")
+    files = {"--clip-weights": world / "tiny-clip.safetensors"}
+    files["--vqgan"] = world / "vqgan.safetensors"
+    files["--init"] = run / "stage1" / "last.safetensors"
+    value = load_file(files[option])[key]
     value.flatten()[-1] += 0.1
-    save_changed(source, {key: value}, tmp_path / "changed.safetensors")
+    save_changed(files[option], {key: value}, tmp_path / "changed.safetensors")
     more = ("--stage", stage, option, tmp_path / "changed.safetensors")
-    assert says in refusal(capsys, train.main, perceiver(world, tmp_path / "run", *more))
+    assert says in refusal(capsys, train.main, perceiver(world, run, *more))
 
 
 @pytest.mark.parametrize("typed, expected", [  # Sec. 5.1, App. B, and the README for the toy
@@ -3510,12 +3418,10 @@ def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, 
     ("--stage 2", dict(lr=1e-5, lr_clip=1e-5, epochs=1, warmup=10, weight_decay=0.01)),
     ("--stage 2 --lr 1e-3", dict(lr=1e-3, lr_clip=1e-3)),
     ("--stage e2e", dict(lr=1e-4, lr_clip=1e-5, epochs=2, depth=[2, 4], layers=6)),
-    ("--stage e2e --lr-clip 1e-3", dict(lr=1e-4, lr_clip=1e-3)),
     ("--stage 1 --denoiser perceiver", dict(width=1024, mask_ratio=[0.5, 0.9])),
     ("--stage 1 --preset toy", dict(steps=250, lr=2e-3, width=128, backbone="toy")),
     ("--stage 2 --preset toy", dict(steps=130, lr=1e-3, lr_clip=4e-4)),
     ("--stage e2e --preset toy --denoiser perceiver", dict(steps=500, width=128)),
-    ("--preset toy --steps 7", dict(steps=7)),
     ("--preset toy --epochs 2", dict(steps=None, epochs=2)),
     ("--preset bench --steps 300", dict(stage=1, steps=300, accum=2, data=[])),
 ])
@@ -3642,7 +3548,9 @@ def test_a_byte_order_mark_spaces_blank_rows_another_header_and_links_are_tolera
 
 NO_PAIR = "does not start a pair: a pair is an odd id and, in the next row, the next id"
 MUST_BE = "must be a number, a Type and a statement (in quotes if it has a comma), not "
-BAD_TABLES = [  # the rows below the header, and what is said
+
+
+@pytest.mark.parametrize("rows, says", [  # the rows below the header, and what is said
     ([], "Questions.csv is empty"),
     (["\xff"], "Questions.csv not found, or not a CSV file in UTF-8"),
     (["2,Color,b", "3,Color,c"], f"row 2: id 2 of Type Color {NO_PAIR}"),
@@ -3650,16 +3558,12 @@ BAD_TABLES = [  # the rows below the header, and what is said
     (["1,Color,a", "4,Color,d"], f"row 2: id 1 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Texts,b"], f"row 2: id 1 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Color,b"] * 2, "row 4: the pair 1, 2 is listed twice"),
-    (["", "1,Color"], f"row 3: {MUST_BE}1,Color"),
+    (["", "1,Color,"], f"row 3: {MUST_BE}1,Color,"),
     (["1,Color,a cat,sitting"], f"row 2: {MUST_BE}1,Color,a cat,sitting"),
-    (["1,Color,"], f"row 2: {MUST_BE}1,Color,"),
     (["one,Color,a"], f"row 2: {MUST_BE}one,Color,a"),
     (["9" * 5000 + ",Color,a"], f"row 2: {MUST_BE}999"),
     (["1,Color,a", "2,Color,b", "5,Color,e", "6,Color,f"], "row 4: image not found"),
-]
-
-
-@pytest.mark.parametrize("rows, says", BAD_TABLES)
+])
 def test_a_bad_table_is_one_line(tmp_path, rows, says):
     make_benchmark(tmp_path, ["Color", "Color"])
     text = "\n".join(["Question ID,Type,Statement", *rows])
@@ -3698,7 +3602,9 @@ def test_images_are_plainly_converted_as_the_protocols_do(tmp_path):
 Z2 = 1.959964**2
 SPREAD = 1.96 * math.sqrt(0.25 * 0.75 / 400 + 0.5 * 0.5 / 100) / 2
 TWO_ARRAYS = (0.375 - SPREAD, 0.375 + SPREAD)
-CLOSED_FORMS = [  # function, its arguments, what it must return, within
+
+
+@pytest.mark.parametrize("name, arguments, expected, within", [
     ("wilson", (0, 10), (0, Z2 / (10 + Z2)), 1e-12),
     ("wilson", (81, 263), (0.2553, 0.3662), 1e-4),  # Newcombe 1998, Tab. I
     ("mcnemar", (3, 3), 1, 0),
@@ -3707,17 +3613,9 @@ CLOSED_FORMS = [  # function, its arguments, what it must return, within
     ("mcnemar", (12_000, 11_000), math.erfc(999 / math.sqrt(23_000) / math.sqrt(2)), 1e-12),
     # Each array is redrawn by itself, and weighs as any other.
     ("bootstrap", ([np.repeat([1.0, 0.0], k) for k in ([100, 300], [50, 50])],), TWO_ARRAYS, 3e-3),
-]
-
-
-@pytest.mark.parametrize("name, arguments, expected, within", CLOSED_FORMS)
+])
 def test_intervals_and_p_are_their_closed_forms(name, arguments, expected, within):
     assert getattr(eval_mmvp, name)(*arguments) == pytest.approx(expected, rel=0, abs=within)
-
-
-def test_the_bootstrap_draws_the_same_every_time():
-    values = [np.linspace(0, 1, 30) ** 2]
-    assert eval_mmvp.bootstrap(values) == eval_mmvp.bootstrap(values)
 
 
 def test_no_bound_shows_a_rounding_error():
@@ -3774,6 +3672,9 @@ def test_the_rows_of_patterns_average_accuracy_and_recall():
 
 # ------------------------------------------------------------------ zero-shot retention
 
+def check_set(name):
+    return lambda path: eval_mmvp.check_zeroshot(name, path)
+
 
 @torch.no_grad()
 def cosines(tiny, texts, paths):
@@ -3782,10 +3683,6 @@ def cosines(tiny, texts, paths):
     images = torch.stack([preprocess(Image.open(path)) for path in paths])
     images = clip.encode_image(images, normalize=True)
     return (clip.encode_text(tokenizer(texts), normalize=True) @ images.T).numpy()
-
-
-def check_set(name):
-    return lambda path: eval_mmvp.check_zeroshot(name, path)
 
 
 class RandomClip(torch.nn.Module):
@@ -3837,7 +3734,10 @@ KINDS = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "
 KINDS = [(kind, "") for kind in KINDS] + [("", "small "), ("", "big ")]
 CARS = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Type-S 2008"]
 OWNED = ["a", "the", "my", "my dirty", "my clean", "my new", "my old"]
-SETS = [  # its classes on disk and as CLIP's authors call them, and their prompts
+
+
+# A set's classes on disk and as CLIP's authors call them, and their prompts.
+@pytest.mark.parametrize("name, classes, called, prompts", [
     ("cifar100", ["aquarium_fish", "apple", "maple_tree"], ["aquarium fish", "apple", "maple tree"],
      [f"a {kind}photo of {a} {size}{{}}." for kind, size in KINDS for a in ("a", "the")]),
     ("sun397", ["a/abbey", "a/apartment_building/outdoor", "w/wine_cellar/barrel_storage"],
@@ -3848,10 +3748,7 @@ SETS = [  # its classes on disk and as CLIP's authors call them, and their promp
     ("cars", CARS, CARS,
      [f"a photo of {whose} {{}}." for whose in OWNED] + ["i love my {}!"]),
     ("folder", ["big_blue house", "moon"], ["big blue house", "moon"], ["a photo of a {}."]),
-]
-
-
-@pytest.mark.parametrize("name, classes, called, prompts", SETS)
+])
 @torch.no_grad()
 def test_classification_equals_a_naive_loop_over_the_published_prompts(
     tmp_path, monkeypatch, name, classes, called, prompts
@@ -3885,27 +3782,22 @@ def test_imagenet_is_its_1000_synsets_under_their_names(tmp_path):
     assert sum(name.lower() in of.lower() for name, of in names) > 800  # others have newer names
     touch(tmp_path, *(f"{synset}/a.JPEG" for synset in SYNSETS))
     dataset, names, _ = eval_mmvp.check_zeroshot("imagenet", tmp_path)
-    assert dataset.labels == list(range(1000))
-    assert names == open_clip.IMAGENET_CLASSNAMES
-    touch(tmp_path, "more/a.jpg")
-    refused(check_set("imagenet"), tmp_path, "1001 class folders; missing or unknown: more")
-    (tmp_path / "more").rename(tmp_path / "a")
+    assert (dataset.labels, names) == (list(range(1000)), open_clip.IMAGENET_CLASSNAMES)
     (tmp_path / SYNSETS[7]).rename(tmp_path / "n00000000")
     refused(check_set("imagenet"), tmp_path, f"missing or unknown: {SYNSETS[7]}: PATH must be")
+    touch(tmp_path, f"{SYNSETS[7]}/a.JPEG")
+    refused(check_set("imagenet"), tmp_path, "1001 class folders; missing or unknown: n00000000")
 
 
-LAYOUTS = [  # files, and what is said of them
-    (["test/a/1.png", "test/b/1.png", "train/a/1.png", "train/b/1.png"], "name D/test or D/train"),
-    (["a/1.png", "a/more/1.png", "b/1.png"], "name D/a, otherwise move them elsewhere"),
-    (["a/1.png", "b/1.ppm"], "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
-    (["a/1.png", "b/.1.png"], "in D/b: PATH must be"),
-    (["a/1.png", ".b/1.png"], "1 class folders: PATH must be a folder with one subfolder"),
-]
-
-
-@pytest.mark.parametrize("files, says", LAYOUTS)
+@pytest.mark.parametrize("files, says", [
+    ("test/a/1.png test/b/1.png train/a/1.png train/b/1.png", "name D/test or D/train"),
+    ("a/1.png a/more/1.png b/1.png", "name D/a, otherwise move them elsewhere"),
+    ("a/1.png b/1.ppm", "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
+    ("a/1.png b/.1.png", "in D/b: PATH must be"),
+    ("a/1.png .b/1.png", "1 class folders: PATH must be a folder with one subfolder"),
+])
 def test_folders_that_are_no_classes_are_refused(tmp_path, files, says):
-    touch(tmp_path, *files)
+    touch(tmp_path, *files.split())
     for name in ("folder", "cars"):
         refused(check_set(name), tmp_path, says.replace("D/", f"{tmp_path}/"))
 
@@ -3945,10 +3837,9 @@ def test_retrieval_equals_the_naive_one(tiny, tmp_path, name):
         own = [sentence["raw"] for sentence in entry["sentences"][:5]]
         captions += own
         owners += [i] * len(own)
-    owners = np.array(owners)
     near = cosines(tiny, captions, paths)
     image_found = [i in row.argsort()[-5:] for i, row in zip(owners, near, strict=True)]
-    text_found = [i in owners[column.argsort()[-5:]] for i, column in enumerate(near.T)]
+    text_found = [i in np.take(owners, row.argsort()[-5:]) for i, row in enumerate(near.T)]
     outcomes = eval_mmvp.evaluate(*tiny, None, [(name, tmp_path)], batch_size=7)["outcomes"]
     shares = outcomes[f"{name} image recall@5"]
     hits = np.bincount(owners, image_found)
@@ -3966,23 +3857,19 @@ def one(sentences):
 
 
 KARPATHY = "PATH must be a folder with Karpathy's dataset_coco.json"
-BAD_SETS = [  # the set, its annotations if it has any, and what is said
+
+
+@pytest.mark.parametrize("name, annotations, says", [
     ("mnist", None, "write NAME:PATH, where NAME is one of cifar100, sun397, imagenet"),
     ("sun397", None, "PATH must be the folder in which SUN397.tar.gz was unpacked"),
     ("cifar100", None, "corrupted: PATH must be the folder in which cifar-100-python.tar.gz was"),
-    ("cars", None, "one subfolder per class"),
     ("coco", '{"images": [', f"Expecting value: line 1 column 13 (char 12): {KARPATHY}"),
     ("coco", '{"images": [{"split": "train"}]}', "0 test images"),
-    ("coco", '{"images": [{"split": "test", "filename": "1.jpg"}]}', "'sentences'"),
     ("coco", one("[]"), f"1 test images, of which 0 have captions: {KARPATHY}"),
-    ("coco", one('[{"raw": 5}]'), "'int' object has no"),
     ("coco", one('[{"raw": " "}]'), f"a class name or caption is empty: {KARPATHY}"),
     ("coco", one('[{"raw": "\\ud800"}]'), "surrogates not allowed"),
     ("coco", one('[{"raw": "a"}]').replace("1.jpg", "2.jpg"), "1 of 1 test images missing, first"),
-]
-
-
-@pytest.mark.parametrize("name, annotations, says", BAD_SETS)
+])
 def test_a_bad_zeroshot_set_is_one_line(tmp_path, name, annotations, says):
     picture(tmp_path / "1.jpg", np.random.default_rng(0))
     if annotations:
@@ -4005,7 +3892,9 @@ CHANGED = [result_of(BEFORE, FELL[0]), result_of(AFTER, FELL[1])]
 ALONE = [result_of({}, fell) for fell in FELL]
 SUN397 = {"sun397 accuracy": [1.0] * 108_754}
 LONG = [result_of({f"Structural{' and Physical' * 9}": 5000 * verdict}, SUN397) for verdict in "10"]
-TABLES = [  # what print_table gets, and patterns of what it prints
+
+
+@pytest.mark.parametrize("results, pattern", [
     (CHANGED[:1], r"^Color +10 +50.0 \[23.7-76.3\]$"),
     (CHANGED[:1], r"^zero-shot +images percent \[95 %\] *\na accuracy +16 100.0 \[80.6-100\]"),
     (CHANGED[:1], r"^One pair is worth up to 12.50 % of the average.\nTo tell a difference "),
@@ -4015,10 +3904,7 @@ TABLES = [  # what print_table gets, and patterns of what it prints
     (ALONE, r"\A\nzero-shot +images .*\na accuracy +16 .*\n\nA change may be noise if .*\n\Z"),
     ((result_of({"\x1b[31mRed\a\n": "01"}),), r"^\\x1b\[31mRed\\x07\\n  +2 "),
     (LONG, r"^Structural and Physical and Physi   5000 100.0 .* -100.0    0 5000 0e\+00$"),
-]
-
-
-@pytest.mark.parametrize("results, pattern", TABLES)
+])
 def test_the_table_says_in_100_columns(capsys, results, pattern):
     keys = ("before", "after")[-len(results):]
     eval_mmvp.print_table(dict(zip(keys, results, strict=True)))
@@ -4045,19 +3931,17 @@ def test_the_picture_shows_won_pairs_then_lost_ones(tmp_path, monkeypatch):
     for pair in before["pairs"]:
         pair["images"] = (tmp_path / "0.png", tmp_path / "1.png")
     eval_mmvp.draw_changes(tmp_path / "many.png", before, after)
-    sheet = Image.open(tmp_path / "many.png").convert("RGB")
-    assert sheet.size == (4 * 440 + 20, 60 + 3 * 420)
     assert frames(tmp_path / "many.png", 12) == [GREEN] * 8 + [RED] * 4  # every fifth of 60
+    sheet = Image.open(tmp_path / "many.png").convert("RGB")
     middles = [sheet.getpixel((15 + x, 60 + 136)) for x in (110, 320)]
     assert middles == [(255, 165, 0), (0, 0, 128)]
     title, *texts = [text for _, _, text, *_ in written]
     assert title.startswith("40 pairs won (green frame), 20 lost (red), of 61. 12 are shown")
-    won = ["1. a", "2. b", "before", "wrong", "right", "after", "right", "right"]
-    lost = ["1. a", "2. b", "before", "right", "right", "after", "wrong", "right"]
-    assert texts[:9] == ["Color (1, 2)", *won]
-    assert texts[-9:] == ["Color (111, 112)", *lost]
+    assert texts[0] == "Color (1, 2)"
+    assert texts[3:9] == ["before", "wrong", "right", "after", "right", "right"]
+    assert texts[-6:] == ["before", "right", "right", "after", "wrong", "right"]
     eval_mmvp.draw_changes(tmp_path / "none.png", before, before)
-    assert Image.open(tmp_path / "none.png").size[1] == 60
+    assert Image.open(tmp_path / "none.png").size == (4 * 440 + 20, 60)
 
 
 # ------------------------------------------------------------------ evaluation's command
@@ -4075,24 +3959,22 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
     outputs = []
     for _ in range(2):
         eval_mmvp.main(comparison)
-        files = [(tmp_path / name).read_bytes() for name in ("out.json", "out.png")]
+        files = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
         outputs.append([*capsys.readouterr(), *files])
     assert outputs[0] == outputs[1]
     printed, progress, _, _ = outputs[0]
     assert "One pair is worth up to 5.56 %" in printed
     assert progress == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
 
 @torch.no_grad()
 def judge_as_the_script(clip, preprocess, tokenizer, folder):
-    """What the benchmark's evaluate_vlm.py does, two rows at a time: the statements, their scores,
-    and of each pair whether it is right."""
+    """What the benchmark's evaluate_vlm.py does, two rows at a time: each pair's statements, their
+    scores, and whether the pair is right."""
     with open(folder / "Questions.csv", newline="", encoding="utf-8") as file:
         _, *rows = csv.reader(file)
-    scores, right = [], []
     for pair in zip(rows[::2], rows[1::2], strict=True):
-        pixels, picks = [], []
+        pixels, scores = [], []
         for number, pattern, _ in pair:
             [path] = (folder / IMAGES / pattern).glob(f"{number}.*")
             pixels.append(preprocess(Image.open(path)))
@@ -4100,14 +3982,11 @@ def judge_as_the_script(clip, preprocess, tokenizer, folder):
             text = tokenizer(["a photo of " + statement])
             image, text, scale = clip(torch.stack(pixels), text)[:3]
             scores.append((scale * text @ image.T).softmax(dim=-1)[0, 0].item())
-            picks.append("img1" if scores[-1] > 0.5 else "img2")
-        right.append(picks == ["img1", "img2"])
-    return [statement for _, _, statement in rows], scores, right
+        picks = ["img1" if score > 0.5 else "img2" for score in scores]
+        yield [statement for _, _, statement in pair], scores, picks == ["img1", "img2"]
 
 
-def test_the_json_equals_the_protocol_pair_by_pair(
-    comparison, two_clips, benchmark, tmp_path, monkeypatch
-):
+def test_the_json_equals_the_protocol_pair_by_pair(comparison, benchmark, tmp_path, monkeypatch):
     """But for a pair's pattern, which is what its Type says."""
     calls = watch(monkeypatch, eval_mmvp, "evaluate")
     eval_mmvp.main([*comparison, "--batch-size=3"])
@@ -4115,23 +3994,22 @@ def test_the_json_equals_the_protocol_pair_by_pair(
     content = json.loads((tmp_path / "out.json").read_text())
     keys = ["backbone", "models", "prompts", "before", "after", "rows", "pairs"]
     assert (list(content), content["prompts"]) == (keys, {"folder": 1})
-    assert content["models"] == {"before": two_clips[0], "after": two_clips[1]}
     pairs = content["pairs"]
     assert [number for pair in pairs for number in pair["ids"]] == list(range(1, 53))
     verdicts = []
     for model, file in content["models"].items():
         clip = load_clip("tiny-clip", file)
-        statements, scores, right = judge_as_the_script(*clip, benchmark)
-        assert [text for pair in pairs for text in pair["statements"]] == statements
-        ours = [score for pair in pairs for score in pair[model]["scores"]]
-        assert ours == pytest.approx(scores, abs=1e-5)
-        assert [pair[model]["correct"] for pair in pairs] == right
+        right = []
+        for pair, judged in zip(pairs, judge_as_the_script(*clip, benchmark), strict=True):
+            statements, scores, correct = judged
+            assert (pair["statements"], pair[model]["correct"]) == (statements, correct)
+            assert pair[model]["scores"] == pytest.approx(scores, abs=1e-5)
+            right.append(correct)
         patterns = {name: 100 * np.mean(right[i::9]) for i, name in enumerate(PATTERNS)}
         mean = np.mean(list(patterns.values()))
         assert mean != 100 * np.mean(right)  # a test of something
         assert content[model]["patterns"] == pytest.approx(patterns)
         assert content[model]["average"] == pytest.approx(mean)
-        assert list(content[model]) == ["average", "patterns", "zeroshot"]
         verdicts.append(right)
     verdicts = list(zip(*verdicts, strict=True))
     won, lost = verdicts.count((False, True)), verdicts.count((True, False))
@@ -4146,10 +4024,8 @@ def test_zeroshot_alone_needs_no_benchmark(comparison, tmp_path, capsys):
     eval_mmvp.main(comparison[:4])
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert re.search(r"^folder accuracy +30 ", printed.out, re.M)
-    assert "MMVP" not in printed.out
+    assert "folder accuracy" in printed.out and "MMVP" not in printed.out
     content = json.loads((tmp_path / "out.json").read_text())
-    assert list(content) == ["backbone", "models", "prompts", "after", "rows", "pairs"]
     assert (content["after"]["average"], content["pairs"]) == (None, [])
 
 
@@ -4157,23 +4033,20 @@ def test_a_set_that_fails_costs_no_other(comparison, classes, tmp_path, monkeypa
     shutil.copytree(classes, tmp_path / "cars")
     last = tmp_path / "cars" / "red_star" / "z.png"
     last.write_bytes(b"P6 1 1 255 abc")  # a .ppm's content
+    says = f"cars was not evaluated: cannot decode the image {last} ("
     flags = [*comparison, "--zeroshot", f"cars:{tmp_path}/cars", f"folder:{classes}"]
-    with pytest.raises(SystemExit) as stop:
-        eval_mmvp.main(flags)
-    assert stop.value.code == 2
-    shown = capsys.readouterr()
-    says = f"eval_mmvp.py: cars was not evaluated: cannot decode the image {last} ("
-    assert shown.err.startswith(says)
-    assert shown.err.count("\n") == 1
-    assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", shown.out, re.M)
+    refused(lambda _: eval_mmvp.run(flags), says)
+    printed = capsys.readouterr().out
+    assert re.search(r"^average .*\n\n.*\nfolder accuracy .*\n\n", printed, re.M)
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["prompts"] == {"cars": 8, "folder": 1}
     for model in ("before", "after"):
         assert list(content[model]["zeroshot"]) == ["folder accuracy"]
     assert [row["name"] for row in content["rows"]][9:] == ["average", "folder accuracy"]
     monkeypatch.setattr(eval_mmvp, "MANY", 0)  # now a worker fails, and nothing else is measured
-    alone = [*comparison[:2], comparison[3], f"--zeroshot=cars:{tmp_path}/cars"]
-    refused(lambda _: eval_mmvp.run(alone), "cars was not evaluated: cannot decode", last)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    refused(lambda _: eval_mmvp.run([*comparison[:2], *flags[-3:-1]]), says)
+    gc.collect()  # which ends the workers, and else waits 5 s for them in a later test
 
 
 DRAWN = os.path.join(HERE, "toy", "data")
@@ -4191,18 +4064,14 @@ def test_the_presets_defaults_give_way_to_what_is_typed(line, expected):
     assert args | expected == args
 
 
-NONEMPTY = ["--benchmark", "--weights", "--baseline", "--json", "--picture", "--backbone"]
-BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
-    *[(f"--benchmark B {flag}=", f"argument {flag}: the value is empty") for flag in NONEMPTY],
+@pytest.mark.parametrize("flags, says", [  # B is the benchmark and AFTER the CLIP's file
+    ("--benchmark B --weights=", "argument --weights: the value is empty"),
     ("", "nothing to evaluate: download MMVP/MMVP_VLM from Hugging Face"),
-    ("--benchmark nowhere", "download MMVP/MMVP_VLM from Hugging Face"),
     ("--benchmark B --zeroshot folder", "write NAME:PATH, where NAME is one of cifar100"),
     ("--benchmark B --zeroshot folder:a folder:b", "--zeroshot: a set is given twice"),
     ("--zeroshot folder:B", "MLLM_VLM Images, otherwise move them elsewhere: PATH must be a"),
     ("--benchmark B --json out/", "out/ cannot be written: name a file"),
-    ("--benchmark B --json /dev/null", "/dev/null cannot be written: name a file"),
     ("--benchmark B --json B/Questions.csv/x.json", "cannot be written"),
-    ("--benchmark B --json " + "x" * 300, "cannot be written"),
     ("--benchmark B --weights AFTER --json AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline AFTER --weights c --picture /.AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline b --weights c --json x --picture ./x", "./x is a CLIP to evaluate"),
@@ -4210,14 +4079,8 @@ BAD_COMMANDS = [  # B is the benchmark and AFTER the CLIP's file
     ("--zeroshot folder:B --baseline AFTER --picture p.png", "name the pairs by --benchmark"),
     ("--benchmark B --baseline original", "by --weights"),
     ("--benchmark B --batch-size 0", "argument --batch-size: 0 is out of range"),
-    ("--benchmark B --batch-size 100001", "argument --batch-size: 100001 is out of range"),
-    ("--benchmark B --device cpu", "unrecognized arguments: --device"),
-    ("--benchmark B --preset bench", "invalid choice: 'bench'"),
     ("--preset toy", "the toy's world is drawn"),  # before it is looked for
-]
-
-
-@pytest.mark.parametrize("flags, says", BAD_COMMANDS)
+])
 def test_a_bad_command_is_one_line_before_any_model(
     two_clips, benchmark, monkeypatch, tmp_path, flags, says
 ):
@@ -4229,16 +4092,14 @@ def test_a_bad_command_is_one_line_before_any_model(
     assert list(tmp_path.iterdir()) == []
 
 
-MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried 20 GiB.")
-
-
-@pytest.mark.parametrize("flag, encode, says", [
-    ("--weights=nowhere.pt", None, "nowhere.pt"),  # although the baseline could be evaluated
-    ("--baseline=nowhere.pt", None, "nowhere.pt"),
-    ("--batch-size=3", fails(MEMORY), "out of memory.: choose a smaller --batch-size"),
+@pytest.mark.parametrize("flag, says", [
+    ("--weights=nowhere.pt", "nowhere.pt"),  # although the baseline could be evaluated
+    ("--baseline=nowhere.pt", "nowhere.pt"),
+    ("--batch-size=3", "out of memory.: choose a smaller --batch-size"),
 ])
-def test_what_does_not_load_or_fit_is_one_line(comparison, monkeypatch, flag, encode, says):
-    monkeypatch.setattr(eval_mmvp, "encode_images", encode)
+def test_what_does_not_load_or_fit_is_one_line(comparison, monkeypatch, flag, says):
+    memory = torch.OutOfMemoryError("CUDA out of memory.\nTried 20 GiB.")
+    monkeypatch.setattr(eval_mmvp, "encode_images", fails(memory))
     refused(lambda _: eval_mmvp.run([*comparison, flag]), says)
 
 
@@ -4260,9 +4121,10 @@ class RefuseWaits(TorchDispatchMode):
         return result
 
 
-def train_for_a_step(world, out, monkeypatch, kind):
-    """Train on the meta device, whose tensors have no values: from its images on, the loop fails
-    where it would wait for a GPU. InterruptedError after the optimizer's step."""
+@both_denoisers
+def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
+    """On the meta device, whose tensors have no values: from its images to the optimizer's step,
+    the loop fails where it would wait for a GPU."""
     load_batches = train.load_batches
     watching = ExitStack()
 
@@ -4280,29 +4142,8 @@ def train_for_a_step(world, out, monkeypatch, kind):
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "meta")
     # "e2e" trains what stage 2 trains, without a stage 1 before it.
     options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
-    with watching:
-        train.run(arguments(world, out, *options))
-
-
-@both_denoisers
-def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind):
-    with pytest.raises(InterruptedError):
-        train_for_a_step(world, tmp_path, monkeypatch, kind)
-
-
-@pytest.mark.parametrize("wait", [
-    lambda losses: losses.mean().item(),
-    lambda losses: losses[losses > 0],
-    lambda losses: losses.index_put((losses > 0,), losses.mean()),
-    lambda losses: losses.nonzero(),
-    lambda losses: losses.to("cpu"),
-    lambda losses: torch.ones(4).to(losses.device),
-    lambda losses: torch.tensor([1.0], device=losses.device),
-])
-def test_a_wait_in_the_loop_is_noticed(world, tmp_path, monkeypatch, wait):
-    monkeypatch.setattr(train.Log, "add", lambda log, losses, *_: wait(losses))
-    with pytest.raises((RuntimeError, AssertionError)):
-        train_for_a_step(world, tmp_path, monkeypatch, "rf")
+    with pytest.raises(InterruptedError), watching:
+        train.run(arguments(world, tmp_path, *options))
 
 
 @pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
@@ -4367,16 +4208,17 @@ def read_tar(path):
         return [(member.name, tar.extractfile(member).read()) for member in tar]
 
 
+def test_statements_of_the_toy_are_english():
+    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
+    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
+
+
 def test_toy_shards_are_laid_out_as_img2dataset_lays_them_out(tmp_path):
-    for _ in make_toy.write_shards(tmp_path / "train", range(5), per_shard=2):
-        pass
-    shards = sorted(os.listdir(tmp_path / "train"))
-    assert shards == ["00000.tar", "00001.tar", "00002.tar"]
-    (name, image), (_, text), (_, about) = read_tar(tmp_path / "train" / "00002.tar")
-    assert name == "000020000.jpg"
+    list(make_toy.write_shards(tmp_path / "it", range(5), per_shard=2))
+    assert sorted(os.listdir(tmp_path / "it")) == ["00000.tar", "00001.tar", "00002.tar"]
+    (name, image), (_, text), (_, about) = read_tar(tmp_path / "it" / "00002.tar")
     assert Image.open(io.BytesIO(image)).size == (40, 40)
-    assert text == b""
-    assert json.loads(about)["key"] == "000020000"
+    assert (name, text, json.loads(about)["key"]) == ("000020000.jpg", b"", "000020000")
 
 
 def test_the_toy_benchmark_is_mmvp_vlms_and_pairs_differ_in_a_pattern(tiny_world, monkeypatch):
@@ -4418,23 +4260,17 @@ def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch, error):
     assert os.listdir(tmp_path) == []
 
 
-def test_statements_of_the_toy_are_english():
-    attributes = [("state", "hollow"), ("colour", "red"), ("orientation", "left")]
-    assert make_toy.describe("star", *attributes) == "a red hollow star pointing left"
-    assert make_toy.describe("star", ("colour", "orange")) == "an orange star"
-
-
-def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("typed, says", [
+    ("--steps=0", "at least 1"),
+    ("--seed=-1", "0 or more"),
+    ("--out=", "argument --out: the value is empty"),
+    ("--out=FILE", "cannot be written"),
+])
+def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch, typed, says):
     monkeypatch.setattr(make_toy, "train_vae", None)
-
-    def run(words):
-        make_toy.run(["vae", *words.split(" ")])
-
-    refused(run, "--steps 0", "at least 1")
-    refused(run, "--seed -1", "0 or more")
-    refused(lambda out: make_toy.run(["--out", out]), "", "argument --out: the value is empty")
-    (tmp_path / "file").write_text("")
-    refused(lambda out: run(f"--out {out}"), tmp_path / "file", "cannot be written")
+    (tmp_path / "file").touch()
+    typed = typed.replace("FILE", f"{tmp_path}/file")
+    refused(lambda _: make_toy.run(["vae", typed]), says)
 
 
 @pytest.mark.parametrize("what, load", [("vae", load_vae), ("vqgan", vqgan_file.load_vqgan)])
@@ -4468,7 +4304,9 @@ EFFECTS = np.add.outer([10, 20, 40, 70, 0], [100, 300, 200])  # of arms, and of 
 BLOCKS = np.random.default_rng(0).normal(size=(5, 3))
 REST = BLOCKS - BLOCKS.mean(0) - BLOCKS.mean(1, keepdims=True) + BLOCKS.mean()
 TWO_ARMS = np.random.default_rng(1).normal(size=(2, 6))
-CLOSED_FORMS = [
+
+
+@pytest.mark.parametrize("function, arguments, truth", [
     (ablate.gain, (CURVE, ablate.AFTER), 9),
     (ablate.gain, (CURVE, ablate.KEPT), -2),
     (ablate.gain, (CURVE, "margin at the end"), 0.9),
@@ -4479,10 +4317,8 @@ CLOSED_FORMS = [
     (ablate.residual, (table(TWO_ARMS),),
      (np.std(TWO_ARMS[0] - TWO_ARMS[1], ddof=1) / math.sqrt(2), 5)),
     (ablate.residual, (table([[1, 2], [4, NAN]]),), (NAN, 0)),
-    (ablate.residual, ({},), (NAN, 0)),
     # Half-widths are of tables of Student's t; p has closed forms with 1 and 2 degrees of freedom.
     (ablate.half_width, (2, 1), 2 * 12.706),
-    (ablate.half_width, (2, 5), 2 * 2.571),
     (ablate.half_width, (2, 30), 2 * 2.042),
     (ablate.half_width, (2, 10, 2), 2 * 2.634),
     (ablate.half_width, (2, 0), NAN),
@@ -4491,51 +4327,46 @@ CLOSED_FORMS = [
     (ablate.p_value, (0, 10, 2), 1),
     (ablate.p_value, (NAN, 10), 1),
     (ablate.table4, (12.6, 2 * 9.6, 0), 1),
-]
-
-
-@pytest.mark.parametrize("function, arguments, truth", CLOSED_FORMS)
+])
 def test_statistics_are_their_closed_forms(function, arguments, truth):
     assert function(*arguments) == pytest.approx(truth, rel=3e-4, nan_ok=True)
 
 
-VERDICTS = [
-    ("worse", 0.1, 1.1, 2, "reproduces", 0),
-    ("worse", 0.1, 0.7, 2, "smaller than the paper's", 0),
-    ("worse", 0.5, 0.9, 2, "smaller than the paper's", 1),
-    ("worse", 0.1, 0.9, NAN, "reproduces", 0),
-    ("worse", -2, -0.1, 2, "opposite", 0),
-    ("worse", -0.1, 0.9, 2, "excluded", 1),
-    ("worse", -0.1, 1.1, 2, "cannot tell", NAN),
-    ("worse", -0.1, 0.9, NAN, "excluded", 1),
-    ("worse", -0.1, 1.1, NAN, "cannot tell", NAN),
-    ("worse", NAN, NAN, 2, "cannot tell", NAN),
-    ("better", 0.2, 1.4, 1.8, "reproduces", 0),
-    ("about as well", -0.9, 0.8, NAN, "reproduces", -1),
-    ("about as well", 1.1, 3, NAN, "excluded", 1),
-    ("about as well", -3, -1.1, NAN, "excluded", -1),
-    ("about as well", -1.1, 0.5, NAN, "cannot tell", NAN),
-    ("about as well", 0.2, 1.1, NAN, "cannot tell", NAN),
-    ("about as well", NAN, NAN, NAN, "cannot tell", NAN),
-    ("no better", -3, 0.9, NAN, "reproduces", 1),
-    ("no better", 0.1, 0.9, NAN, "reproduces", 1),
-    ("no better", 0.1, 1.1, NAN, "opposite", 0),
-    ("no better", -0.1, 1.1, NAN, "cannot tell", NAN),
-    ("no better", NAN, NAN, NAN, "cannot tell", NAN),
-]
+VERDICTS = """
+    worse         |  0.1 |  1.1 |   2 | reproduces               |   0
+    worse         |  0.1 |  0.7 |   2 | smaller than the paper's |   0
+    worse         |  0.5 |  0.9 |   2 | smaller than the paper's |   1
+    worse         |  0.1 |  0.9 | nan | reproduces               |   0
+    worse         |   -2 | -0.1 |   2 | opposite                 |   0
+    worse         | -0.1 |  0.9 |   2 | excluded                 |   1
+    worse         | -0.1 |  1.1 |   2 | cannot tell              | nan
+    worse         | -0.1 |  0.9 | nan | excluded                 |   1
+    worse         | -0.1 |  1.1 | nan | cannot tell              | nan
+    worse         |  nan |  nan |   2 | cannot tell              | nan
+    about as well | -0.9 |  0.8 | nan | reproduces               |  -1
+    about as well |  1.1 |    3 | nan | excluded                 |   1
+    about as well |   -3 | -1.1 | nan | excluded                 |  -1
+    about as well | -1.1 |  0.5 | nan | cannot tell              | nan
+    about as well |  0.2 |  1.1 | nan | cannot tell              | nan
+    no better     |   -3 |  0.9 | nan | reproduces               |   1
+    no better     |  0.1 |  0.9 | nan | reproduces               |   1
+    no better     |  0.1 |  1.1 | nan | opposite                 |   0
+    no better     | -0.1 |  1.1 | nan | cannot tell              | nan
+"""
 
 
-@pytest.mark.parametrize("expected, low, high, effect, verdict, ruled_out", VERDICTS)
-def test_verdicts_are_the_designs(expected, low, high, effect, verdict, ruled_out):
-    said, bound = ablate.judge(expected, low, high, effect)
+@pytest.mark.parametrize("row", VERDICTS.strip().splitlines())
+def test_verdicts_are_the_designs(row):
+    """On a claim: the interval's ends, the paper's effect, the verdict, what is ruled out."""
+    expected, low, high, effect, verdict, ruled_out = map(str.strip, row.split("|"))
+    said, bound = ablate.judge(expected, float(low), float(high), float(effect))
     assert said == verdict
-    assert bound == pytest.approx(ruled_out, nan_ok=True)
+    assert bound == pytest.approx(float(ruled_out), nan_ok=True)
 
 
 def test_holm_goes_down_from_the_smallest_p():
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}  # the bounds are .0125, .0167, .025 and .05
     assert ablate.holm(p) == {"a", "d"}
-    assert ablate.holm({"a": 0.03, "b": 0.026}) == set()
     assert ablate.holm({"a": 0.04, "b": 0.02}) == {"a", "b"}
 
 
@@ -4553,9 +4384,14 @@ def test_curves_are_compared_over_the_retentions_that_all_reach():
     assert difference(shorter, long, ablate.AFTER).mean == 3
 
 
-def test_the_committed_grid_gives_the_committed_tables_and_figure(tmp_path, capsys):
-    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
-    ablate.main(["--report", str(tmp_path / "ablation.csv")])
+@pytest.fixture
+def committed(tmp_path):
+    """A copy of the committed grid."""
+    return shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
+
+
+def test_the_committed_grid_gives_the_committed_tables_and_figure(committed, tmp_path, capsys):
+    ablate.main(["--report", committed])
     tables, _ = capsys.readouterr().out.split("\nThe figure is")
     with open(os.path.join(ablate.HERE, "ABLATIONS.md")) as file:
         assert tables in file.read()
@@ -4563,17 +4399,16 @@ def test_the_committed_grid_gives_the_committed_tables_and_figure(tmp_path, caps
         assert (tmp_path / "ablation.svg").read_text() == file.read()
 
 
-def test_a_report_on_some_arms_takes_their_cells_alone(tmp_path, capsys):
-    shutil.copy(os.path.join(ablate.HERE, "ablation.csv"), tmp_path)
-    path = str(tmp_path / "ablation.csv")
-    curves = ablate.read_csv(path)
-    ablate.main(["--report", path, "--arms", "uniform t"])
+def test_a_report_on_some_arms_takes_their_cells_alone(committed, tmp_path, capsys):
+    curves = ablate.read_csv(committed)
+    ablate.main(["--report", committed, "--arms", "uniform t"])
     [row] = re.findall(r"\| uniform t \| Table 4.*", capsys.readouterr().out)
-    ends = [[curves[name, str(clip)][-1]["pairs"] for clip in range(6)]
-            for name in ("uniform t", "rf")]
-    differences = np.subtract(*ends)
-    half = 2.571 * differences.std(ddof=1) / math.sqrt(6)  # Student's, of 5 degrees of freedom
-    assert f"| {differences.mean():+.2f} ± {half:.2f} |" in row
+    differences = []
+    for clip in "012345":
+        uniform, rf = [curves[arm, clip][-1]["pairs"] for arm in ("uniform t", "rf")]
+        differences.append(uniform - rf)
+    half = 2.571 * np.std(differences, ddof=1) / math.sqrt(6)  # Student's, of 5 degrees of freedom
+    assert f"| {np.mean(differences):+.2f} ± {half:.2f} |" in row
     assert os.listdir(tmp_path) == ["ablation.csv"]  # the figure is of all arms
 
 
@@ -4607,19 +4442,17 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
     common = f"train.py --preset toy --seed 0 --clip-weights {weights} --out OUT/clip-0/"
     start = "--init OUT/clip-0/rf/stage1/last.safetensors"  # frozen shares rf's stage 1
     second = "--steps 240 --export-every 40 --lr-clip 4e-4"
-    expected = [
+    for expected in (
         "toy/make_toy.py clip --seed 5 --regime weak --out OUT/clip-5",
         "toy/make_toy.py clip --seed 0 --regime full --out OUT/clip-full",
-        f"{common}rf --stage 1 --steps 250",
         f"{common}stage 1: 60 steps --stage 1 --steps 250 --steps 60",
         f"{common}frozen --stage 2 {second} --freeze-denoiser {start}",
         f"{common}end to end --stage e2e {second}",
-    ]
-    assert [words.count(command) for command in expected] == [1] * 6
+    ):
+        assert words.count(expected) == 1
     arms = [(name, clip) for name, arm in ablate.ARMS.items() for clip in arm.clips]
     assert sum("--export-every" in line for line in words) == len(arms)
     assert sum("make_toy.py" in line for line in words[:6]) == 6  # before all others
-    csv_before = (tmp_path / "ablation.csv").read_text()
     curves = ablate.read_csv(tmp_path / "ablation.csv")
     assert sorted(curves) == sorted(arms)
     for curve in curves.values():
@@ -4627,10 +4460,11 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
 
     commands.clear()
     os.remove(tmp_path / "clip-2" / "frozen" / "open_clip" / "open_clip_model.safetensors")
-    kept = [line for line in csv_before.splitlines(True) if "frozen,2," not in line]
+    before = (tmp_path / "ablation.csv").read_text()
+    kept = [line for line in before.splitlines(True) if "frozen,2," not in line]
     (tmp_path / "ablation.csv").write_text("".join(kept))
     ablate.run_grid(str(tmp_path), ablate.FULL | {"arms": ("rf", "frozen")}, 1)
-    assert (tmp_path / "ablation.csv").read_text() == csv_before  # with the cells of other arms
+    assert (tmp_path / "ablation.csv").read_text() == before  # with the cells of other arms
     [again] = commands
     assert f"{tmp_path}/clip-2/frozen" in again
 
@@ -4654,22 +4488,20 @@ def test_what_stops_a_grid_or_a_report_is_one_line(tmp_path, monkeypatch):
 
 
 def test_after_an_error_no_further_run_begins(monkeypatch):
-    seen, all_began = [], threading.Event()
+    began, failed = [], threading.Event()
 
     def call(number, log):
-        seen.append(number)
-        if number == 0:
-            all_began.wait(1)  # a long run, beside which another one fails
+        began.append(number)
         if number == 1:
+            failed.set()
             raise UserError("no")
+        failed.wait(10)  # the first one is long: another fails beside it
         time.sleep(0.01)
-        if len(seen) == 50:
-            all_began.set()
 
     monkeypatch.setattr(ablate, "call", call)
     with pytest.raises(UserError):
         ablate.run_missing("runs", {f"no file {number}": number for number in range(50)}, 2)
-    assert len(seen) < 50
+    assert len(began) < 50
 
 
 def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeypatch):
@@ -4682,21 +4514,20 @@ def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeyp
     weights = os.path.join(ablate.HERE, "clip.safetensors")
     exported = {("0", "original", 0): weights, ("0", "rf", 2): weights}
     ablate.score_missing(tmp_path, exported)
-    [before, after] = ablate.read_csv(tmp_path / "ablation.csv")["rf", "0"]
-    assert (after["rate"], after["precision"], after["heldout"]) == ("0.0004", "fp32", 0.6712)
+    curve = ablate.read_csv(tmp_path / "ablation.csv")["rf", "0"]
+    about = [curve[1][name] for name in ("rate", "precision", "heldout")]
+    assert about == ["0.0004", "fp32", 0.6712]
 
-    clip, preprocess, tokenizer = load_clip("toy")
-    tasks = [("folder", str(tmp_path / "test" / "zeroshot"))]
-    truth = eval_mmvp.evaluate(clip, preprocess, tokenizer, tmp_path / "test" / "mmvp", tasks)
+    toy = load_clip("toy")
+    tasks = [("folder", tmp_path / "test" / "zeroshot")]
+    truth = eval_mmvp.evaluate(*toy, tmp_path / "test" / "mmvp", tasks)
     margins = []
     for pair in truth["pairs"]:
-        images = [preprocess(Image.open(file)) for file in pair["images"]]
-        texts = tokenizer(["a photo of " + statement for statement in pair["statements"]])
-        with torch.no_grad():
-            _, logits = clip.get_logits(torch.stack(images), texts)  # (2 statements, 2 images)
-        worse = min(logits[0, 0] - logits[0, 1], logits[1, 1] - logits[1, 0])
-        margins.append(max(-4, min(4, float(worse))))
-    for scored in (before, after):
+        prompts = ["a photo of " + statement for statement in pair["statements"]]
+        (a, b), (c, d) = toy[0].logit_scale.exp().item() * cosines(toy, prompts, pair["images"])
+        margins.append(np.clip(min(a - b, d - c), -4, 4))
+    assert len(curve) == 2
+    for scored in curve:
         assert scored["pairs"] == pytest.approx(truth["average"])
         assert scored["zeroshot"] == pytest.approx(truth["zeroshot"]["folder accuracy"])
         assert scored["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
@@ -4706,7 +4537,6 @@ def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeyp
 
 
 def test_nothing_else_draws_the_tests_images():
-    own = {ablate.PAIR_SEED, ablate.IMAGE_SEED}
     worlds = {value for value in vars(make_toy).values() if type(value) is int}
-    assert len(own) == 2
-    assert not own & (worlds | {101, 102, 103})  # these are of the first grid
+    others = worlds | {101, 102, 103}  # the last three are of the first grid
+    assert len({ablate.PAIR_SEED, ablate.IMAGE_SEED} - others) == 2
