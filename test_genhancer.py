@@ -3897,10 +3897,10 @@ LONG = [result_of({f"Structural{' and Physical' * 9}": 5000 * verdict}, SUN397) 
 @pytest.mark.parametrize("results, pattern", [
     (CHANGED[:1], r"^Color +10 +50.0 \[23.7-76.3\]$"),
     (CHANGED[:1], r"^zero-shot +images percent \[95 %\] *\na accuracy +16 100.0 \[80.6-100\]"),
-    (CHANGED[:1], r"^One pair is worth up to 12.50 % of the average.\nTo tell a difference "),
+    (CHANGED[:1], r"^To tell a difference "),
     (CHANGED, r"^Color +10 +50.0 \[23.7-76.3\] +90.0 \[59.6-98.2\] +\+40.0 +5 +1 0.219$"),
     (ALONE, r"^a accuracy +16 .* -100.0 +0 +16 3e-05$"),
-    (CHANGED, r"^The average changed by \+20.0 \[\+?0.0, \+40.0\]. One pair"),
+    (CHANGED, r"^The average changed by \+20.0 \[\+?0.0, \+40.0\].$"),
     (ALONE, r"\A\nzero-shot +images .*\na accuracy +16 .*\n\nA change may be noise if .*\n\Z"),
     ((result_of({"\x1b[31mRed\a\n": "01"}),), r"^\\x1b\[31mRed\\x07\\n  +2 "),
     (LONG, r"^Structural and Physical and Physi   5000 100.0 .* -100.0    0 5000 0e\+00$"),
