@@ -895,8 +895,8 @@ def read_weights(path, what, hint=""):
     """Two dictionaries: the tensors of a safetensors file, and the `about` that write_weights
     stored with them ({} in the files of other programs).
 
-    The tensors are memory-mapped. Raises UserError with `what`, the path and the `hint` if the file
-    is missing, incomplete, or does not match the checksum that write_weights stored.
+    The tensors are memory-mapped. UserError with `what`, path and `hint` if the file is missing,
+    incomplete, or does not match the checksum that write_weights stored.
     """
     advice = f": {hint}" if hint else ""
     if not os.path.isfile(path):
@@ -965,7 +965,7 @@ def find_model(values, pattern, path, what):
     """The values of the one model in a file, {name: value}, and its own name that is the `pattern`.
 
     With the pattern "a", {"model.a": 1, "model.b": 2, "step": 3} gives {"a": 1, "b": 2} and "a".
-    If no name ends in the pattern, all values and "". UserError if several do.
+    If no name ends in it: all values, and "". UserError if several do.
     """
     matches = [re.fullmatch(rf"((?:.*?\.)??)({pattern})", name) for name in values]
     found = [match for match in matches if match]
@@ -1044,11 +1044,8 @@ def check_writable(path):
 
 
 def write_file(path, write):
-    """Write a file atomically: `path` holds either its old content or its new.
-
-    `write(part)` writes the file `part` in the same folder, which is then synced and moved into
-    place; creates the folder. Raises UserError if the file system refuses, and removes the part.
-    """
+    """Write a file atomically, and create its folder: `write(part)` writes a file beside it, which
+    is synced and moved into place. UserError if that fails; `path` then keeps its old content."""
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f".part-{name}")
     try:

@@ -253,11 +253,8 @@ def check_values(s):
 # ------------------------------------------------------------------------------------ a run
 
 ADVICE = [  # parts of a RuntimeError's message, and what the user can do
-    (["OutOfMemoryError"],
-     "the GPU is out of memory: try --grad-checkpoint, --shard, or a lower --batch-size in another "
-     "--out"),
-    (["can't allocate memory"],
-     "out of memory: try a lower --batch-size, --width or --depth in another --out"),
+    (["OutOfMemoryError", "can't allocate memory"],
+     "out of memory: try --grad-checkpoint, --shard, or a lower --batch-size in another --out"),
     (["DataLoader worker (pid"],
      "a data worker died, perhaps out of memory: lower --workers, or give the container more "
      "shared memory (docker run --ipc=host); the same command resumes the run"),

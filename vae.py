@@ -4,7 +4,6 @@ Module and parameter names are those of the published weights (black-forest-labs
 `autoencoder.py`, and CompVis/taming-transformers, `diffusionmodules/model.py`), so that both load
 strictly. Images are (B, 3, H, W) in [-1, 1]; no decoder clamps what it returns.
 """
-
 from dataclasses import dataclass
 
 import torch

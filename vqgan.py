@@ -5,9 +5,7 @@
 converts a published model (vqgan_imagenet_f16_1024 or _16384), which is a PyTorch Lightning pickle,
 without running any code that it may carry. Parameter names are those of the published models.
 """
-
 import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +112,7 @@ def convert(source, target):
     Nothing that the pickle may carry is run. Raises UserError for whatever load_vqgan would refuse.
     """
     what = "VQ-GAN checkpoint"
-    codes = re.escape("quantize.embedding.weight")
+    codes = r"quantize\.embedding\.weight"
     state, _ = find_model(read_pickle(source, what), codes, source, what)
     if os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"{what}: {source} is both input and output: name another output")
