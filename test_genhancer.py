@@ -2674,7 +2674,7 @@ def test_a_validation_loss_is_the_mean_over_all_images(tmp_path, monkeypatch):
 def test_the_bench_needs_no_weights_and_counts_the_models_own_work(
         world, tmp_path, monkeypatch, capsys):
     """The same speed is the same TFLOP/s, though --grad-checkpoint computes blocks twice."""
-    monkeypatch.setattr(train, "load_autoencoder", lambda s: load_vae(world / "vae.safetensors"))
+    monkeypatch.setattr(train, "load_autoencoder", lambda *_: load_vae(world / "vae.safetensors"))
     count, counts = FlopCounterMode.get_total_flops, []
 
     def count_millions(counter):  # so that the tiny model's work shows
@@ -3170,6 +3170,19 @@ def test_under_ddp_a_gradient_is_held_once(world, tmp_path):
     """It stays a view of DDP's bucket, over two micro-batches a step."""
     said = in_both(tmp_path, look_at_gradients, world, tmp_path / "run")
     assert re.findall("buckets ([0-9]+)", said[0]) == 6 * ["1"]
+
+
+def bench(world, out):
+    """A rank whose random numbers are not those of the others runs the bench."""
+    torch.manual_seed(train.RANK)
+    train.load_autoencoder = lambda *_: load_vae(world / "vae.safetensors")
+    typed = "--preset bench --backbone tiny-clip --width 128 --depth 1 1 --batch-size 1 --steps 2"
+    train.main([*typed.split(), "--out", str(out)])
+
+
+def test_the_bench_runs_in_several_processes(world, tmp_path):
+    said, statuses = in_two_processes(tmp_path, 2 * [(bench, world, tmp_path)])
+    assert statuses == [0, 0] and "MFU" in said[0], said
 
 
 def test_a_rank_that_dies_is_one_line(world, tmp_path):

@@ -199,11 +199,11 @@ def read_stage(stage, stages, typed, argv):
     s.folder = os.path.join(s.out, "e2e" if stage == "e2e" else f"stage{stage}")
     if s.preset == "bench":
         s.folder = os.path.join(s.out, "bench")
+    elif stage == 2:
+        s.init = s.init or os.path.join(s.out, "stage1", "last.safetensors")
     s.result = os.path.join(s.out, "open_clip", OPEN_CLIP_WEIGHTS)
     if stage == 1:
         s.result = os.path.join(s.folder, "last.safetensors")
-    if stage == 2 and s.preset != "bench":
-        s.init = s.init or os.path.join(s.out, "stage1", "last.safetensors")
     s.lr_clip = s.lr_clip or s.lr
     return s
 
@@ -429,16 +429,16 @@ def validate(s, core, images):
 @torch.no_grad()
 def print_summary(s, core, data, val_images, total, device):
     """What a reader can check: what trains, on which device, on how many images, for how long."""
-    if s.preset == "bench":
-        print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
-                     f"nothing; {s.backbone}, width {s.width}")
     trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in core.parameters())
     print_rank_0(
         f"stage {s.stage} on {device_name(device)}: {trained:,} of {whole:,} parameters train; "
         f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
         f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
-    if s.denoiser == "rf" and s.stage == 1 and s.preset != "bench":
+    if s.preset == "bench":
+        print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
+                     f"nothing; {s.backbone}, width {s.width}")
+    elif s.denoiser == "rf" and s.stage == 1:
         images = val_images[:8].float() / 255
         latents = core.autoencoder.encode(2 * images - 1, sample=False)
         mean, std = latents.mean().item(), latents.std().item()
@@ -462,8 +462,10 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(s):
     """Load the CLIP, the autoencoder and the weights of --init; UserError if they do not fit."""
-    clip, _, _ = load_clip(s.backbone, s.clip_weights, random=s.preset == "bench")
-    autoencoder = load_autoencoder(s)
+    random = s.preset == "bench"
+    torch.manual_seed(s.seed)  # random weights must be the same on all ranks
+    clip, _, _ = load_clip(s.backbone, s.clip_weights, random)
+    autoencoder = load_autoencoder(s, random)
     side = image_side(clip.visual)
     token = autoencoder.factor * (Continuous if s.denoiser == "rf" else Discrete).token_side
     if side % token:
@@ -478,11 +480,12 @@ def load_pretrained(s):
     return Pretrained(clip.visual, autoencoder, initial, checksums)
 
 
-def load_autoencoder(s):
-    """The frozen VAE (rf) or VQ-GAN (perceiver); for the bench with random weights."""
-    if s.preset == "bench":
-        random = AutoEncoder(AutoEncoderConfig()) if s.denoiser == "rf" else VQGAN(VQGANConfig())
-        return random.eval().requires_grad_(False)
+def load_autoencoder(s, random):
+    """The frozen VAE (rf) or VQ-GAN (perceiver)."""
+    if random:
+        vae = s.denoiser == "rf"
+        autoencoder = AutoEncoder(AutoEncoderConfig()) if vae else VQGAN(VQGANConfig())
+        return autoencoder.eval().requires_grad_(False)
     return load_vae(s.vae) if s.denoiser == "rf" else load_vqgan(s.vqgan)
 
 
