@@ -483,9 +483,8 @@ def load_pretrained(s):
 def load_autoencoder(s, random):
     """The frozen VAE (rf) or VQ-GAN (perceiver)."""
     if random:
-        vae = s.denoiser == "rf"
-        autoencoder = AutoEncoder(AutoEncoderConfig()) if vae else VQGAN(VQGANConfig())
-        return autoencoder.eval().requires_grad_(False)
+        model = AutoEncoder(AutoEncoderConfig()) if s.denoiser == "rf" else VQGAN(VQGANConfig())
+        return model.eval().requires_grad_(False)
     return load_vae(s.vae) if s.denoiser == "rf" else load_vqgan(s.vqgan)
 
 
