@@ -4208,19 +4208,6 @@ def read_tar(path):
         return [(member.name, tar.extractfile(member).read()) for member in tar]
 
 
-def test_statements_of_the_toy_are_english():
-    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
-    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
-
-
-def test_toy_shards_are_laid_out_as_img2dataset_lays_them_out(tmp_path):
-    list(make_toy.write_shards(tmp_path / "it", range(5), per_shard=2))
-    assert sorted(os.listdir(tmp_path / "it")) == ["00000.tar", "00001.tar", "00002.tar"]
-    (name, image), (_, text), (_, about) = read_tar(tmp_path / "it" / "00002.tar")
-    assert Image.open(io.BytesIO(image)).size == (40, 40)
-    assert (name, text, json.loads(about)["key"]) == ("000020000.jpg", b"", "000020000")
-
-
 def test_the_toy_benchmark_is_mmvp_vlms_and_pairs_differ_in_a_pattern(tiny_world, monkeypatch):
     pairs = eval_mmvp.read_benchmark(tiny_world / "mmvp")
     assert [pair["ids"] for pair in pairs] == [(n, n + 1) for n in range(1, 19, 2)]
@@ -4252,25 +4239,11 @@ def test_a_toy_world_is_the_same_each_time_and_drawn_once(tiny_world, tmp_path, 
     refused(make_toy.draw_world, tmp_path, "no train/", "move it away")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(make_toy, "write_classes", fails(error))
-    with pytest.raises((KeyboardInterrupt, UserError)):
+def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_toy, "write_classes", fails(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         make_toy.draw_world(tmp_path / "data", **TINY_WORLD)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("typed, says", [
-    ("--steps=0", "at least 1"),
-    ("--seed=-1", "0 or more"),
-    ("--out=", "argument --out: the value is empty"),
-    ("--out=FILE", "cannot be written"),
-])
-def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch, typed, says):
-    monkeypatch.setattr(make_toy, "train_vae", None)
-    (tmp_path / "file").touch()
-    typed = typed.replace("FILE", f"{tmp_path}/file")
-    refused(lambda _: make_toy.run(["vae", typed]), says)
 
 
 @pytest.mark.parametrize("what, load", [("vae", load_vae), ("vqgan", vqgan_file.load_vqgan)])
@@ -4303,7 +4276,6 @@ AREA = 0.005 * (2 + 3) / 2 + 0.015 * (3 + 6) / 2
 EFFECTS = np.add.outer([10, 20, 40, 70, 0], [100, 300, 200])  # of arms, and of CLIPs
 BLOCKS = np.random.default_rng(0).normal(size=(5, 3))
 REST = BLOCKS - BLOCKS.mean(0) - BLOCKS.mean(1, keepdims=True) + BLOCKS.mean()
-TWO_ARMS = np.random.default_rng(1).normal(size=(2, 6))
 
 
 @pytest.mark.parametrize("function, arguments, truth", [
@@ -4314,17 +4286,12 @@ TWO_ARMS = np.random.default_rng(1).normal(size=(2, 6))
     (ablate.gain, (CURVE, ablate.EQUAL, 0.985), 2.5),
     (ablate.gain, (CURVE[:2], ablate.EQUAL), NAN),  # it ends above .97
     (ablate.residual, (table(BLOCKS + EFFECTS),), (np.linalg.norm(REST) / math.sqrt(8), 8)),
-    (ablate.residual, (table(TWO_ARMS),),
-     (np.std(TWO_ARMS[0] - TWO_ARMS[1], ddof=1) / math.sqrt(2), 5)),
-    (ablate.residual, (table([[1, 2], [4, NAN]]),), (NAN, 0)),
     # Half-widths are of tables of Student's t; p has closed forms with 1 and 2 degrees of freedom.
     (ablate.half_width, (2, 1), 2 * 12.706),
-    (ablate.half_width, (2, 30), 2 * 2.042),
     (ablate.half_width, (2, 10, 2), 2 * 2.634),
     (ablate.half_width, (2, 0), NAN),
     (ablate.p_value, (-4, 1), 1 - 2 * math.atan(4) / math.pi),
     (ablate.p_value, (4, 2, 2), 2 - 8 / math.sqrt(2 + 16)),
-    (ablate.p_value, (0, 10, 2), 1),
     (ablate.p_value, (NAN, 10), 1),
     (ablate.table4, (12.6, 2 * 9.6, 0), 1),
 ])
@@ -4338,17 +4305,13 @@ VERDICTS = """
     worse         |  0.5 |  0.9 |   2 | smaller than the paper's |   1
     worse         |  0.1 |  0.9 | nan | reproduces               |   0
     worse         |   -2 | -0.1 |   2 | opposite                 |   0
-    worse         | -0.1 |  0.9 |   2 | excluded                 |   1
     worse         | -0.1 |  1.1 |   2 | cannot tell              | nan
     worse         | -0.1 |  0.9 | nan | excluded                 |   1
     worse         | -0.1 |  1.1 | nan | cannot tell              | nan
-    worse         |  nan |  nan |   2 | cannot tell              | nan
     about as well | -0.9 |  0.8 | nan | reproduces               |  -1
     about as well |  1.1 |    3 | nan | excluded                 |   1
     about as well |   -3 | -1.1 | nan | excluded                 |  -1
-    about as well | -1.1 |  0.5 | nan | cannot tell              | nan
     about as well |  0.2 |  1.1 | nan | cannot tell              | nan
-    no better     |   -3 |  0.9 | nan | reproduces               |   1
     no better     |  0.1 |  0.9 | nan | reproduces               |   1
     no better     |  0.1 |  1.1 | nan | opposite                 |   0
     no better     | -0.1 |  1.1 | nan | cannot tell              | nan
@@ -4444,7 +4407,6 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
     second = "--steps 240 --export-every 40 --lr-clip 4e-4"
     for expected in (
         "toy/make_toy.py clip --seed 5 --regime weak --out OUT/clip-5",
-        "toy/make_toy.py clip --seed 0 --regime full --out OUT/clip-full",
         f"{common}stage 1: 60 steps --stage 1 --steps 250 --steps 60",
         f"{common}frozen --stage 2 {second} --freeze-denoiser {start}",
         f"{common}end to end --stage e2e {second}",
@@ -4452,11 +4414,8 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
         assert words.count(expected) == 1
     arms = [(name, clip) for name, arm in ablate.ARMS.items() for clip in arm.clips]
     assert sum("--export-every" in line for line in words) == len(arms)
-    assert sum("make_toy.py" in line for line in words[:6]) == 6  # before all others
     curves = ablate.read_csv(tmp_path / "ablation.csv")
     assert sorted(curves) == sorted(arms)
-    for curve in curves.values():
-        assert [scored["step"] for scored in curve] == [0, 80, 120, 160, 240]
 
     commands.clear()
     os.remove(tmp_path / "clip-2" / "frozen" / "open_clip" / "open_clip_model.safetensors")
@@ -4485,23 +4444,6 @@ def test_what_stops_a_grid_or_a_report_is_one_line(tmp_path, monkeypatch):
     log = tmp_path / "logs" / "world.log"
     refused(lambda log: ablate.call(["-c", "raise SystemExit('no room')"], str(log)), log, "failed")
     assert "no room" in log.read_text()
-
-
-def test_after_an_error_no_further_run_begins(monkeypatch):
-    began, failed = [], threading.Event()
-
-    def call(number, log):
-        began.append(number)
-        if number == 1:
-            failed.set()
-            raise UserError("no")
-        failed.wait(10)  # the first one is long: another fails beside it
-        time.sleep(0.01)
-
-    monkeypatch.setattr(ablate, "call", call)
-    with pytest.raises(UserError):
-        ablate.run_missing("runs", {f"no file {number}": number for number in range(50)}, 2)
-    assert len(began) < 50
 
 
 def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeypatch):
