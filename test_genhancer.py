@@ -51,7 +51,6 @@ from PIL import EpsImagePlugin, Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -414,11 +413,6 @@ def test_what_is_no_whole_file_is_refused(world, checkpoint, tmp_path, load, hin
         refused(load, tmp_path / "cut", hint, says)
 
 
-def test_the_files_of_others_are_refused_with_the_way_out(world):
-    refused(load_vae, world / "vqgan.safetensors", "--vae", "ae.safetensors", "must be")
-    refused(vqgan_file.load_vqgan, world / "vae.safetensors", "--vqgan", "vqgan.py", "must be")
-
-
 @pytest.mark.parametrize("key, value, says", [
     # A tensor of both autoencoders, what stands there instead, what the line says.
     ("something.weight", torch.zeros(1), "something.weight must be absent, not [1]"),
@@ -530,10 +524,9 @@ def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, paylo
 
 def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path):
     content = checkpoint.read_bytes()
-    hard, soft = tmp_path / "hard.ckpt", tmp_path / "soft.ckpt"
-    os.link(checkpoint, hard)
-    os.symlink(checkpoint, soft)
-    for target in (checkpoint, hard, soft):
+    link = tmp_path / "link.ckpt"
+    os.link(checkpoint, link)
+    for target in (checkpoint, link):
         write = functools.partial(vqgan_file.convert, target=target)
         refused(write, checkpoint, "both input and output")
         assert target.read_bytes() == content
@@ -585,16 +578,6 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in ("", *(f"{tmp_path}/{name}" for name in names), "/proc/it"):
         refused(lambda path: gh.write_json(path, 1), path)
         refused(lambda path: gh.write_weights(path, {}), path)
-
-
-def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
-    tensors = {"b": torch.ones(2, 3).T, "a": torch.zeros(4)}
-    gh.write_weights(tmp_path / "1", tensors, {"x": 1, "y": (2,)})
-    gh.write_weights(tmp_path / "2", dict(reversed(tensors.items())), {"y": [2], "x": 1})
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    read, about = gh.read_weights(tmp_path / "1", "it")
-    assert torch.equal(read["b"], tensors["b"])
-    assert about == {"x": 1, "y": [2]}
 
 
 @pytest.mark.parametrize("old, new", [
@@ -1002,7 +985,6 @@ def fill_in(world, shape, logits, **options):
 
 @pytest.mark.parametrize("options, weight", [
     ({"steps": 2, "temperature": 2.0}, 1),
-    ({"steps": 4, "temperature": 2.0}, 1.5),
     ({"steps": 2}, 4.5 / 2),  # MaskGIT's temperature
 ])
 def test_noise_lets_less_sure_tokens_win(world, options, weight):
@@ -1284,10 +1266,8 @@ def test_the_codebook_is_brought_to_unit_scale_not_trained_and_not_saved(scale):
 
 @pytest.mark.parametrize("call, error, words", [
     (lambda _: gh.Flux(gh.FluxConfig(num_heads=12)), ValueError, "sum to the width of a head, 256"),
-    (lambda _: gh.sample_timesteps(3, distribution="normal"), ValueError, "choose logit-normal"),
     (lambda _: gh.inject_lora(nn.Conv2d(3, 3, 1)), ValueError, "no linear layer to adapt"),
     (lambda w: gh.inject_lora(with_lora(w, "tiny-clip")), ValueError, "has LoRA already"),
-    (lambda w: tiny_model(w).set_stage(3), ValueError, "unknown stage 3"),
     (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 selects none of the 16 "),
 ])
 def test_the_impossible_is_refused(world, call, error, words):
@@ -1399,16 +1379,6 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(world, monk
     assert eval_mmvp.hf_preprocessor(clip.visual.preprocess_cfg)["resample"] == 2  # bilinear
 
 
-def test_a_clip_comes_frozen_in_float32(world, tmp_path):
-    half = {name: x.half() for name, x in load_file(world / "tiny-clip.safetensors").items()}
-    save_file(half, tmp_path / "half.safetensors")
-    clip = load_clip("tiny-clip", tmp_path / "half.safetensors")[0]
-    assert not clip.training
-    for parameter in clip.parameters():
-        assert parameter.dtype == torch.float32
-        assert not parameter.requires_grad
-
-
 @pytest.mark.parametrize("name, file, says", [
     ("nonsense", None, "unknown backbone 'nonsense': choose from openai-l14-224"),
     ("ViT-L-14:nonsense", None, "give ViT-L-14:TAG with one of its tags (openai, "),
@@ -1417,7 +1387,6 @@ def test_a_clip_comes_frozen_in_float32(world, tmp_path):
     ("tiny-clip", "data", "data is neither in open_clip's nor in Hugging Face's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
-    ("tiny-siglip", "hf/tiny-clip", "logit_bias must be [1], not absent"),
     ("tiny-clip", "hf/tiny-siglip", "logit_bias must be absent, not [1]"),
 ])
 def test_foreign_clips_and_tags_are_refused(world, exported, name, file, says):
@@ -1552,7 +1521,10 @@ def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, m
     torch.jit.script(module).save(path)
     published = {"url": f"https://it/{hashlib.sha256(path.read_bytes()).hexdigest()}/ViT.pt"}
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: published)
-    assert_same_weights(load_clip("tiny-clip", path)[0], clip.half().float())
+    loaded = load_clip("tiny-clip", path)[0]
+    assert_same_weights(loaded, clip.half().float())
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_an_archive_runs_none_of_its_code(tmp_path, monkeypatch):
@@ -3913,9 +3885,6 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
         files = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
         outputs.append([*capsys.readouterr(), *files])
     assert outputs[0] == outputs[1]
-    printed, progress, _, _ = outputs[0]
-    assert "The average changed by" in printed
-    assert progress == ""
 
 
 @torch.no_grad()
@@ -4091,25 +4060,6 @@ def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind)
     options = ("--denoiser", kind, "--stage", "e2e", "--local-ratio", 0.5, "--shuffle-target")
     with pytest.raises(InterruptedError), watching:
         train.run(arguments(world, tmp_path, *options))
-
-
-@pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
-@both_denoisers
-def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
-    """forward under autocast on fake CUDA tensors: without values, and without a GPU."""
-    model = tiny_model(world, kind, local_ratio=local_ratio).set_stage(stage)
-    answers = {"is_available": True, "is_bf16_supported": True, "current_device": 0}
-    for name in (*answers, "manual_seed", "manual_seed_all", "_lazy_init"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **__: answers.get(name))
-    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
-    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
-    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
-        fake = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            fake[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-        images = torch.empty(4, 3, 32, 32, device="cuda")
-        outputs = torch.func.functional_call(model, fake, (images,))
-    assert [output.device.type for output in outputs] == ["cuda", "cuda"]
 
 
 # ------------------------------------------------------------------ the toy's world
