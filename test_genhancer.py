@@ -51,7 +51,6 @@ from PIL import EpsImagePlugin, Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -414,11 +413,6 @@ def test_what_is_no_whole_file_is_refused(world, checkpoint, tmp_path, load, hin
         refused(load, tmp_path / "cut", hint, says)
 
 
-def test_the_files_of_others_are_refused_with_the_way_out(world):
-    refused(load_vae, world / "vqgan.safetensors", "--vae", "ae.safetensors", "must be")
-    refused(vqgan_file.load_vqgan, world / "vae.safetensors", "--vqgan", "vqgan.py", "must be")
-
-
 @pytest.mark.parametrize("key, value, says", [
     # A tensor of both autoencoders, what stands there instead, what the line says.
     ("something.weight", torch.zeros(1), "something.weight must be absent, not [1]"),
@@ -466,12 +460,8 @@ def test_a_lightning_checkpoint_of_tensors_of_every_kind_is_converted(
         for name in ("pytorch_lightning", lightning):
             patch.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
         torch.save(content, "last.ckpt")
-    out = os.fsdecode(b"a\x1b[31m\n\xff.safetensors")
-    vqgan_file.run(["last.ckpt", out])
-    said = capsys.readouterr()
-    assert "under 'state_dict.'; 1 other tensors are ignored" in said.err
-    assert said.out.count("\n") == 1 and said.out[:-1].isprintable()
-    os.rename(out, "it.safetensors")
+    vqgan_file.run(["last.ckpt", "it.safetensors"])
+    assert "under 'state_dict.'; 1 other tensors are ignored" in capsys.readouterr().err
     converted = load_file("it.safetensors")
     assert converted.keys() == state.keys()
     for name, value in state.items():
@@ -534,10 +524,9 @@ def test_reading_a_checkpoint_runs_none_of_its_code(tmp_path, monkeypatch, paylo
 
 def test_a_checkpoint_is_not_written_over(checkpoint, tmp_path):
     content = checkpoint.read_bytes()
-    hard, soft = tmp_path / "hard.ckpt", tmp_path / "soft.ckpt"
-    os.link(checkpoint, hard)
-    os.symlink(checkpoint, soft)
-    for target in (checkpoint, hard, soft):
+    link = tmp_path / "link.ckpt"
+    os.link(checkpoint, link)
+    for target in (checkpoint, link):
         write = functools.partial(vqgan_file.convert, target=target)
         refused(write, checkpoint, "both input and output")
         assert target.read_bytes() == content
@@ -589,16 +578,6 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     for path in ("", *(f"{tmp_path}/{name}" for name in names), "/proc/it"):
         refused(lambda path: gh.write_json(path, 1), path)
         refused(lambda path: gh.write_weights(path, {}), path)
-
-
-def test_the_bytes_of_written_weights_do_not_depend_on_their_order(tmp_path):
-    tensors = {"b": torch.ones(2, 3).T, "a": torch.zeros(4)}
-    gh.write_weights(tmp_path / "1", tensors, {"x": 1, "y": (2,)})
-    gh.write_weights(tmp_path / "2", dict(reversed(tensors.items())), {"y": [2], "x": 1})
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    read, about = gh.read_weights(tmp_path / "1", "it")
-    assert torch.equal(read["b"], tensors["b"])
-    assert about == {"x": 1, "y": [2]}
 
 
 @pytest.mark.parametrize("old, new", [
@@ -665,12 +644,11 @@ def test_a_stage_trains_what_it_says_and_that_alone_is_in_training_mode(
             part = "adapters" if "lora_" in name else name.split(".")[0]
             assert parameter.requires_grad == (part in trains), name
         parts = {"visual" if part == "adapters" else part for part in trains}
-        for mode in (None, False, True):  # as set_stage leaves it, and as it is told afterwards
-            if mode is not None:
-                model.train(mode)
+        for mode in (True, False, True):  # as set_stage leaves it, and as it is told afterwards
             for name, part in model.named_children():
-                expected = mode is not False and name in parts
+                expected = mode and name in parts
                 assert {module.training for module in part.modules()} == {expected}, name
+            model.train(not mode)
 
 
 def inputs_of(module):
@@ -806,28 +784,6 @@ def test_an_images_loss_is_its_own(world, kind):
     beside_others = seeded(model, torch.cat([images[:1], torch.rand(2, 3, 32, 32)]))
     assert beside_others[0].item() == pytest.approx(losses[0].item(), rel=1e-4)
     assert (beside_others[1:] - losses[1:]).abs().min() > 1e-4
-
-
-def attributes(model):
-    found = {}
-    for name, module in model.named_modules():
-        values = vars(module) | dict(module.named_buffers(recurse=False))
-        found |= {(name, key): value for key, value in values.items()}
-    return found
-
-
-@both_denoisers
-def test_forward_leaves_nothing_behind_and_the_seed_decides_its_draws(world, kind):
-    model = tiny_model(world, kind, local_ratio=0.5).set_stage(2)
-    before = attributes(model)
-    images = torch.rand(2, 3, 32, 32)
-    losses = seeded(model, images)
-    losses.mean().backward()
-    after = attributes(model)
-    assert list(after) == list(before)
-    for key, value in after.items():
-        assert value is before[key], key
-    assert torch.equal(seeded(model, images), losses)
 
 
 def gradients(model, images):
@@ -1029,7 +985,6 @@ def fill_in(world, shape, logits, **options):
 
 @pytest.mark.parametrize("options, weight", [
     ({"steps": 2, "temperature": 2.0}, 1),
-    ({"steps": 4, "temperature": 2.0}, 1.5),
     ({"steps": 2}, 4.5 / 2),  # MaskGIT's temperature
 ])
 def test_noise_lets_less_sure_tokens_win(world, options, weight):
@@ -1311,10 +1266,8 @@ def test_the_codebook_is_brought_to_unit_scale_not_trained_and_not_saved(scale):
 
 @pytest.mark.parametrize("call, error, words", [
     (lambda _: gh.Flux(gh.FluxConfig(num_heads=12)), ValueError, "sum to the width of a head, 256"),
-    (lambda _: gh.sample_timesteps(3, distribution="normal"), ValueError, "choose logit-normal"),
     (lambda _: gh.inject_lora(nn.Conv2d(3, 3, 1)), ValueError, "no linear layer to adapt"),
     (lambda w: gh.inject_lora(with_lora(w, "tiny-clip")), ValueError, "has LoRA already"),
-    (lambda w: tiny_model(w).set_stage(3), ValueError, "unknown stage 3"),
     (lambda w: tiny_model(w, local_ratio=0.01), UserError, "0.01 selects none of the 16 "),
 ])
 def test_the_impossible_is_refused(world, call, error, words):
@@ -1426,16 +1379,6 @@ def test_features_and_images_are_the_tags_whencever_the_weights_come(world, monk
     assert eval_mmvp.hf_preprocessor(clip.visual.preprocess_cfg)["resample"] == 2  # bilinear
 
 
-def test_a_clip_comes_frozen_in_float32(world, tmp_path):
-    half = {name: x.half() for name, x in load_file(world / "tiny-clip.safetensors").items()}
-    save_file(half, tmp_path / "half.safetensors")
-    clip = load_clip("tiny-clip", tmp_path / "half.safetensors")[0]
-    assert not clip.training
-    for parameter in clip.parameters():
-        assert parameter.dtype == torch.float32
-        assert not parameter.requires_grad
-
-
 @pytest.mark.parametrize("name, file, says", [
     ("nonsense", None, "unknown backbone 'nonsense': choose from openai-l14-224"),
     ("ViT-L-14:nonsense", None, "give ViT-L-14:TAG with one of its tags (openai, "),
@@ -1444,7 +1387,6 @@ def test_a_clip_comes_frozen_in_float32(world, tmp_path):
     ("tiny-clip", "data", "data is neither in open_clip's nor in Hugging Face's format"),
     ("tiny-clip", "vae.safetensors", "decoder.conv_in.bias must be absent, not [64]"),
     ("tiny-clip", "tiny-siglip.safetensors", "ln_final.bias must be [32], not absent"),
-    ("tiny-siglip", "hf/tiny-clip", "logit_bias must be [1], not absent"),
     ("tiny-clip", "hf/tiny-siglip", "logit_bias must be absent, not [1]"),
 ])
 def test_foreign_clips_and_tags_are_refused(world, exported, name, file, says):
@@ -1579,7 +1521,10 @@ def test_openais_archives_are_known_by_their_digests_and_read(world, tmp_path, m
     torch.jit.script(module).save(path)
     published = {"url": f"https://it/{hashlib.sha256(path.read_bytes()).hexdigest()}/ViT.pt"}
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: published)
-    assert_same_weights(load_clip("tiny-clip", path)[0], clip.half().float())
+    loaded = load_clip("tiny-clip", path)[0]
+    assert_same_weights(loaded, clip.half().float())
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_an_archive_runs_none_of_its_code(tmp_path, monkeypatch):
@@ -3320,12 +3265,9 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 # ------------------------------------------------------------------ users' mistakes
 
 @pytest.mark.parametrize("typed, says", [
-    ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--denoiser gan", "--denoiser: invalid choice: 'gan'"),
-    ("--steps many", "--steps: invalid number value: 'many'"),
     ("--steps 0", "--steps: 0 is out of range"),
     ("--lr nan", "--lr: nan is out of range"),
-    ("--batch-size 1000000", "--batch-size: 1000000 is out of range"),
     ("--mask-ratio 0 0.5", "--mask-ratio: 0 is out of range"),
     ("--data=", "--data: the value is empty"),
     ("--width 100", "--width 100 must be a multiple of 128"),
@@ -3346,7 +3288,6 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
-    ("--val nowhere", "data not found at nowhere"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
@@ -3568,13 +3509,11 @@ MUST_BE = "must be a number, a Type and a statement (in quotes if it has a comma
     (["\xff"], "Questions.csv not found, or not a CSV file in UTF-8"),
     (["2,Color,b", "3,Color,c"], f"row 2: id 2 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Color,b", "3,Color,c"], f"row 4: id 3 of Type Color {NO_PAIR}"),
-    (["1,Color,a", "4,Color,d"], f"row 2: id 1 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Texts,b"], f"row 2: id 1 of Type Color {NO_PAIR}"),
     (["1,Color,a", "2,Color,b"] * 2, "row 4: the pair 1, 2 is listed twice"),
     (["", "1,Color,"], f"row 3: {MUST_BE}1,Color,"),
     (["1,Color,a cat,sitting"], f"row 2: {MUST_BE}1,Color,a cat,sitting"),
     (["one,Color,a"], f"row 2: {MUST_BE}one,Color,a"),
-    (["9" * 5000 + ",Color,a"], f"row 2: {MUST_BE}999"),
     (["1,Color,a", "2,Color,b", "5,Color,e", "6,Color,f"], "row 4: image not found"),
 ])
 def test_a_bad_table_is_one_line(tmp_path, rows, says):
@@ -3629,15 +3568,6 @@ TWO_ARRAYS = (0.375 - SPREAD, 0.375 + SPREAD)
 ])
 def test_intervals_and_p_are_their_closed_forms(name, arguments, expected, within):
     assert getattr(eval_mmvp, name)(*arguments) == pytest.approx(expected, rel=0, abs=within)
-
-
-def test_no_bound_shows_a_rounding_error():
-    for n in range(1, 300):
-        assert eval_mmvp.wilson(0, n)[0] >= 0
-        assert eval_mmvp.wilson(n, n)[1] <= 1
-    for sign in (1, -1):  # of no change: these floats do not sum to 0
-        shares = [np.full(10, sign * share) for share in (0.1, 0.2, -0.3)]
-        assert str(eval_mmvp.bootstrap(shares)) == "(0.0, 0.0)"
 
 
 def result_of(verdicts, outcomes=()):
@@ -3807,7 +3737,6 @@ def test_imagenet_is_its_1000_synsets_under_their_names(tmp_path):
     ("a/1.png a/more/1.png b/1.png", "name D/a, otherwise move them elsewhere"),
     ("a/1.png b/1.ppm", "no image (.jpg, .jpeg, .jpe, .jfif, .png, .webp"),
     ("a/1.png b/.1.png", "in D/b: PATH must be"),
-    ("a/1.png .b/1.png", "1 class folders: PATH must be a folder with one subfolder"),
 ])
 def test_folders_that_are_no_classes_are_refused(tmp_path, files, says):
     touch(tmp_path, *files.split())
@@ -3861,10 +3790,6 @@ def test_retrieval_equals_the_naive_one(tiny, tmp_path, name):
     assert outcomes[f"{name} text recall@5"].tolist() == text_found
 
 
-def test_of_fewer_than_five_all_are_found():
-    assert eval_mmvp.finds_own(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2)).all()
-
-
 def one(sentences):
     return '{"images": [{"split": "test", "filename": "1.jpg", "sentences": ' + sentences + "}]}"
 
@@ -3873,11 +3798,9 @@ KARPATHY = "PATH must be a folder with Karpathy's dataset_coco.json"
 
 
 @pytest.mark.parametrize("name, annotations, says", [
-    ("mnist", None, "write NAME:PATH, where NAME is one of cifar100, sun397, imagenet"),
     ("sun397", None, "PATH must be the folder in which SUN397.tar.gz was unpacked"),
     ("cifar100", None, "corrupted: PATH must be the folder in which cifar-100-python.tar.gz was"),
     ("coco", '{"images": [', f"Expecting value: line 1 column 13 (char 12): {KARPATHY}"),
-    ("coco", '{"images": [{"split": "train"}]}', "0 test images"),
     ("coco", one("[]"), f"1 test images, of which 0 have captions: {KARPATHY}"),
     ("coco", one('[{"raw": " "}]'), f"a class name or caption is empty: {KARPATHY}"),
     ("coco", one('[{"raw": "\\ud800"}]'), "surrogates not allowed"),
@@ -3975,9 +3898,6 @@ def test_two_runs_of_a_command_give_the_same_bytes(comparison, tmp_path, capsys)
         files = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
         outputs.append([*capsys.readouterr(), *files])
     assert outputs[0] == outputs[1]
-    printed, progress, _, _ = outputs[0]
-    assert "The average changed by" in printed
-    assert progress == ""
 
 
 @torch.no_grad()
@@ -4069,7 +3989,6 @@ DRAWN_SETS = {"benchmark": f"{DRAWN}/mmvp", "zeroshot": [("folder", f"{DRAWN}/ze
 @pytest.mark.parametrize("line, expected", [
     ("--preset toy", DRAWN_SETS | {"backbone": "toy"}),
     ("--preset toy --backbone b --benchmark b", DRAWN_SETS | {"backbone": "b", "benchmark": "b"}),
-    ("--preset toy --zeroshot coco:a:b", DRAWN_SETS | {"zeroshot": [("coco", "a:b")]}),
     ("", {"backbone": "openai-l14-224", "benchmark": None, "zeroshot": [], "batch_size": 64}),
 ])
 def test_the_presets_defaults_give_way_to_what_is_typed(line, expected):
@@ -4078,20 +3997,17 @@ def test_the_presets_defaults_give_way_to_what_is_typed(line, expected):
 
 
 @pytest.mark.parametrize("flags, says", [  # B is the benchmark and AFTER the CLIP's file
-    ("--benchmark B --weights=", "argument --weights: the value is empty"),
     ("", "nothing to evaluate: download MMVP/MMVP_VLM from Hugging Face"),
     ("--benchmark B --zeroshot folder", "write NAME:PATH, where NAME is one of cifar100"),
     ("--benchmark B --zeroshot folder:a folder:b", "--zeroshot: a set is given twice"),
     ("--zeroshot folder:B", "MLLM_VLM Images, otherwise move them elsewhere: PATH must be a"),
     ("--benchmark B --json out/", "out/ cannot be written: name a file"),
-    ("--benchmark B --json B/Questions.csv/x.json", "cannot be written"),
     ("--benchmark B --weights AFTER --json AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline AFTER --weights c --picture /.AFTER", "is a CLIP to evaluate"),
     ("--benchmark B --baseline b --weights c --json x --picture ./x", "./x is a CLIP to evaluate"),
     ("--benchmark B --picture p.png", "--picture shows the pairs whose verdict changed"),
     ("--zeroshot folder:B --baseline AFTER --picture p.png", "name the pairs by --benchmark"),
     ("--benchmark B --baseline original", "by --weights"),
-    ("--benchmark B --batch-size 0", "argument --batch-size: 0 is out of range"),
     ("--preset toy", "the toy's world is drawn"),  # before it is looked for
 ])
 def test_a_bad_command_is_one_line_before_any_model(
@@ -4159,25 +4075,6 @@ def test_the_loop_never_waits_for_the_device(world, tmp_path, monkeypatch, kind)
         train.run(arguments(world, tmp_path, *options))
 
 
-@pytest.mark.parametrize("stage, local_ratio", [(1, 0.0), (2, 0.5)])
-@both_denoisers
-def test_no_devices_mix_on_a_gpu(world, monkeypatch, kind, stage, local_ratio):
-    """forward under autocast on fake CUDA tensors: without values, and without a GPU."""
-    model = tiny_model(world, kind, local_ratio=local_ratio).set_stage(stage)
-    answers = {"is_available": True, "is_bf16_supported": True, "current_device": 0}
-    for name in (*answers, "manual_seed", "manual_seed_all", "_lazy_init"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, **__: answers.get(name))
-    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)
-    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
-    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
-        fake = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            fake[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-        images = torch.empty(4, 3, 32, 32, device="cuda")
-        outputs = torch.func.functional_call(model, fake, (images,))
-    assert [output.device.type for output in outputs] == ["cuda", "cuda"]
-
-
 # ------------------------------------------------------------------ the toy's world
 
 TINY_WORLD = dict(train=5, held_out=3, pairs=1, images=4)
@@ -4216,24 +4113,6 @@ def test_the_toy_world_is_the_one_that_its_weights_learned():
     assert alone.tobytes() == images[7]  # however many are drawn
 
 
-def read_tar(path):
-    with tarfile.open(path) as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def test_statements_of_the_toy_are_english():
-    attributes = [("state", "hollow"), ("colour", "orange"), ("orientation", "left")]
-    assert make_toy.describe("star", *attributes) == "an orange hollow star pointing left"
-
-
-def test_toy_shards_are_laid_out_as_img2dataset_lays_them_out(tmp_path):
-    list(make_toy.write_shards(tmp_path / "it", range(5), per_shard=2))
-    assert sorted(os.listdir(tmp_path / "it")) == ["00000.tar", "00001.tar", "00002.tar"]
-    (name, image), (_, text), (_, about) = read_tar(tmp_path / "it" / "00002.tar")
-    assert Image.open(io.BytesIO(image)).size == (40, 40)
-    assert (name, text, json.loads(about)["key"]) == ("000020000.jpg", b"", "000020000")
-
-
 def test_the_toy_benchmark_is_mmvp_vlms_and_pairs_differ_in_a_pattern(tiny_world, monkeypatch):
     pairs = eval_mmvp.read_benchmark(tiny_world / "mmvp")
     assert [pair["ids"] for pair in pairs] == [(n, n + 1) for n in range(1, 19, 2)]
@@ -4255,8 +4134,10 @@ def test_a_toy_world_is_the_same_each_time_and_drawn_once(tiny_world, tmp_path, 
     world = digests(tiny_world)
     assert digests(tmp_path / "again") == world
     assert len(world) == 2 + 2 * (18 + 1) + 2 * 4
-    shards = [read_tar(tiny_world / part / "00000.tar") for part in ("train", "val")]
-    images = {data for shard in shards for name, data in shard if name.endswith(".jpg")}
+    images = set()
+    for part in ("train", "val"):
+        with tarfile.open(tiny_world / part / "00000.tar") as shard:
+            images |= {shard.extractfile(file).read() for file in shard if "jpg" in file.name}
     assert len(images) == 5 + 3  # none is held out that trains
 
     monkeypatch.setattr(make_toy, "write_shards", None)
@@ -4265,25 +4146,11 @@ def test_a_toy_world_is_the_same_each_time_and_drawn_once(tiny_world, tmp_path, 
     refused(make_toy.draw_world, tmp_path, "no train/", "move it away")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(make_toy, "write_classes", fails(error))
-    with pytest.raises((KeyboardInterrupt, UserError)):
+def test_a_toy_world_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_toy, "write_classes", fails(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         make_toy.draw_world(tmp_path / "data", **TINY_WORLD)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("typed, says", [
-    ("--steps=0", "at least 1"),
-    ("--seed=-1", "0 or more"),
-    ("--out=", "argument --out: the value is empty"),
-    ("--out=FILE", "cannot be written"),
-])
-def test_make_toy_notices_before_training_what_it_cannot_do(tmp_path, monkeypatch, typed, says):
-    monkeypatch.setattr(make_toy, "train_vae", None)
-    (tmp_path / "file").touch()
-    typed = typed.replace("FILE", f"{tmp_path}/file")
-    refused(lambda _: make_toy.run(["vae", typed]), says)
 
 
 @pytest.mark.parametrize("what, load", [("vae", load_vae), ("vqgan", vqgan_file.load_vqgan)])
@@ -4316,7 +4183,6 @@ AREA = 0.005 * (2 + 3) / 2 + 0.015 * (3 + 6) / 2
 EFFECTS = np.add.outer([10, 20, 40, 70, 0], [100, 300, 200])  # of arms, and of CLIPs
 BLOCKS = np.random.default_rng(0).normal(size=(5, 3))
 REST = BLOCKS - BLOCKS.mean(0) - BLOCKS.mean(1, keepdims=True) + BLOCKS.mean()
-TWO_ARMS = np.random.default_rng(1).normal(size=(2, 6))
 
 
 @pytest.mark.parametrize("function, arguments, truth", [
@@ -4327,17 +4193,12 @@ TWO_ARMS = np.random.default_rng(1).normal(size=(2, 6))
     (ablate.gain, (CURVE, ablate.EQUAL, 0.985), 2.5),
     (ablate.gain, (CURVE[:2], ablate.EQUAL), NAN),  # it ends above .97
     (ablate.residual, (table(BLOCKS + EFFECTS),), (np.linalg.norm(REST) / math.sqrt(8), 8)),
-    (ablate.residual, (table(TWO_ARMS),),
-     (np.std(TWO_ARMS[0] - TWO_ARMS[1], ddof=1) / math.sqrt(2), 5)),
-    (ablate.residual, (table([[1, 2], [4, NAN]]),), (NAN, 0)),
     # Half-widths are of tables of Student's t; p has closed forms with 1 and 2 degrees of freedom.
     (ablate.half_width, (2, 1), 2 * 12.706),
-    (ablate.half_width, (2, 30), 2 * 2.042),
     (ablate.half_width, (2, 10, 2), 2 * 2.634),
     (ablate.half_width, (2, 0), NAN),
     (ablate.p_value, (-4, 1), 1 - 2 * math.atan(4) / math.pi),
     (ablate.p_value, (4, 2, 2), 2 - 8 / math.sqrt(2 + 16)),
-    (ablate.p_value, (0, 10, 2), 1),
     (ablate.p_value, (NAN, 10), 1),
     (ablate.table4, (12.6, 2 * 9.6, 0), 1),
 ])
@@ -4351,17 +4212,13 @@ VERDICTS = """
     worse         |  0.5 |  0.9 |   2 | smaller than the paper's |   1
     worse         |  0.1 |  0.9 | nan | reproduces               |   0
     worse         |   -2 | -0.1 |   2 | opposite                 |   0
-    worse         | -0.1 |  0.9 |   2 | excluded                 |   1
     worse         | -0.1 |  1.1 |   2 | cannot tell              | nan
     worse         | -0.1 |  0.9 | nan | excluded                 |   1
     worse         | -0.1 |  1.1 | nan | cannot tell              | nan
-    worse         |  nan |  nan |   2 | cannot tell              | nan
     about as well | -0.9 |  0.8 | nan | reproduces               |  -1
     about as well |  1.1 |    3 | nan | excluded                 |   1
     about as well |   -3 | -1.1 | nan | excluded                 |  -1
-    about as well | -1.1 |  0.5 | nan | cannot tell              | nan
     about as well |  0.2 |  1.1 | nan | cannot tell              | nan
-    no better     |   -3 |  0.9 | nan | reproduces               |   1
     no better     |  0.1 |  0.9 | nan | reproduces               |   1
     no better     |  0.1 |  1.1 | nan | opposite                 |   0
     no better     | -0.1 |  1.1 | nan | cannot tell              | nan
@@ -4457,7 +4314,6 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
     second = "--steps 240 --export-every 40 --lr-clip 4e-4"
     for expected in (
         "toy/make_toy.py clip --seed 5 --regime weak --out OUT/clip-5",
-        "toy/make_toy.py clip --seed 0 --regime full --out OUT/clip-full",
         f"{common}stage 1: 60 steps --stage 1 --steps 250 --steps 60",
         f"{common}frozen --stage 2 {second} --freeze-denoiser {start}",
         f"{common}end to end --stage e2e {second}",
@@ -4465,11 +4321,8 @@ def test_the_grid_runs_each_cell_once_and_goes_on(tmp_path, commands):
         assert words.count(expected) == 1
     arms = [(name, clip) for name, arm in ablate.ARMS.items() for clip in arm.clips]
     assert sum("--export-every" in line for line in words) == len(arms)
-    assert sum("make_toy.py" in line for line in words[:6]) == 6  # before all others
     curves = ablate.read_csv(tmp_path / "ablation.csv")
     assert sorted(curves) == sorted(arms)
-    for curve in curves.values():
-        assert [scored["step"] for scored in curve] == [0, 80, 120, 160, 240]
 
     commands.clear()
     os.remove(tmp_path / "clip-2" / "frozen" / "open_clip" / "open_clip_model.safetensors")
@@ -4498,23 +4351,6 @@ def test_what_stops_a_grid_or_a_report_is_one_line(tmp_path, monkeypatch):
     log = tmp_path / "logs" / "world.log"
     refused(lambda log: ablate.call(["-c", "raise SystemExit('no room')"], str(log)), log, "failed")
     assert "no room" in log.read_text()
-
-
-def test_after_an_error_no_further_run_begins(monkeypatch):
-    began, failed = [], threading.Event()
-
-    def call(number, log):
-        began.append(number)
-        if number == 1:
-            failed.set()
-            raise UserError("no")
-        failed.wait(10)  # the first one is long: another fails beside it
-        time.sleep(0.01)
-
-    monkeypatch.setattr(ablate, "call", call)
-    with pytest.raises(UserError):
-        ablate.run_missing("runs", {f"no file {number}": number for number in range(50)}, 2)
-    assert len(began) < 50
 
 
 def test_a_line_of_the_csv_holds_the_evaluation_and_the_margin(tmp_path, monkeypatch):
