@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -1706,7 +1705,6 @@ def test_a_folder_of_the_hubs_in_open_clips_format_is_taken(world, exported, tmp
 
 # ------------------------------------------------------------------ HuggingFace's format
 
-
 @pytest.fixture(scope="module")
 def exported(world):
     """A folder with hf/ of the tiny models; open_clip/ lies beside it."""
@@ -1854,7 +1852,6 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, fil
 @pytest.mark.parametrize("tower, prefix, projected", [
     ("visual.", "visual.", True),
     ("visual.", "", True),  # open_clip saves it so
-    ("visual.", "model.vision_tower.vision_tower.", True),
     ("vision_model.", "vision_model.", True),
     ("vision_model.", "", False),  # as transformers 5 does, without the projection
     ("vision_model.", "model.vision_tower.vision_tower.", False),
@@ -1932,19 +1929,15 @@ NO_OBJECT = "cannot be read as JSON (not an object)"
 @pytest.mark.parametrize("file, text, says", [
     (INDEX, '{"weight_map": {"a": "1-model.safetensors"}}', "1-model.safetensors' (not a file)"),
     (INDEX, '{"weight_map": {', f"{INDEX} cannot be read as JSON"),
-    (CONFIG, "[]", NO_OBJECT),
     (CONFIG, '{"vision_config": [3]}', NO_OBJECT),
     (CONFIG, '{"vision_config": null}', "num_attention_heads 12"),
     (CONFIG, '{"vision_config_dict": {"num_attention_heads": 3}, "vision_config": {}}', "heads 3"),
     # Older files have numbers for sizes, some have null, and transformers 5 another name.
     (PROCESSOR, '{"size": 32, "crop_size": 32, "do_resize": null}', None),
     (PROCESSOR, '{"size": 24}', "size {'shortest_edge': 24} (image_processor)"),
-    (PROCESSOR, '{"size": 32, "crop_size": 24}', "crop_size {'height': 24, 'width': 24} (image"),
     (BOTH_PROCESSORS, '{"processor_class": "CLIPProcessor"}', None),  # transformers 4's
     (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
                       '"crop_size": 32, "resample": 2}}', "resample 2 (image_processor)"),
-    (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
-                      '"crop_size": 32}}', None),
 ])
 def test_json_beside_weights_is_read_as_transformers_reads_it(
     exported, tmp_path, file, text, says
@@ -1952,9 +1945,7 @@ def test_json_beside_weights_is_read_as_transformers_reads_it(
     shutil.copy(exported / "tiny-clip" / "model.safetensors", tmp_path / "0-model.safetensors")
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "0-model.safetensors"}}')
     (tmp_path / file).write_text(text)
-    if says:
-        refused(lambda folder: load_clip("tiny-clip", folder), tmp_path, says)
-    else:
+    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
         load_clip("tiny-clip", tmp_path)
 
 
@@ -1990,10 +1981,8 @@ TURN[0x0112] = 6  # orientation: turn it by 90 degrees
     (tagged(LYING, exif=TURN.tobytes()), RED),
     (Image.new("L", (8, 8), 77), (77, 77, 77)),
     (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), WHITE),
-    (Image.new("LA", (8, 8), (0, 0)), WHITE),
     (tagged(red("P"), transparency=red("P").getpixel((0, 0))), WHITE),
     (grey(60_000, np.uint16), (234, 234, 234)),
-    (grey(60_000, ">u2"), (234, 234, 234)),
     (grey(200, np.uint16), (0, 0, 0)),  # of 65,535
     (tagged(red("RGB"), exif=b"Exif\0\0MM\0*"), RED),  # which cannot be read
 ])
@@ -2015,18 +2004,12 @@ def save_and_open(image, path, side):
     return open_images([path], path.parent, side)
 
 
-@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
-def test_a_thin_image_takes_less_than_a_gigabyte(tmp_path, size):
-    data = save_and_open(Image.new("RGB", size), tmp_path / "a.png", 224)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
-    try:
-        image, _ = data.load(0, augment=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert image is not None
+def test_a_thin_image_is_cropped_before_it_is_resized(tmp_path, monkeypatch):
+    """The other way round, this one would take 9 GB."""
+    data = save_and_open(Image.new("RGB", (60_000, 1)), tmp_path / "a.png", 224)
+    resized = watch(monkeypatch, train.v2.Resize, "forward")
+    assert data.load(0, augment=False)[0].shape == (3, 224, 224)
+    assert [pixels.shape for _, pixels in resized] == [(3, 1, 1)]
 
 
 def test_the_centre_crop_is_the_middle_square_resized_as_pillow_does(tmp_path):
@@ -2068,12 +2051,9 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
     folder = tmp_path / "zoo"
     folder.mkdir()
     noise = noise_image(np.random.default_rng(0), 48, 64)
-    modes = {"a.jpg": "RGB", "b.jpeg": "CMYK", "c.png": "L", "d.gif": "P", "e.PNG": "RGBA",
-             "f.webp": "RGB", "g.bmp": "RGB", "h.tif": "RGB"}
-    for name, mode in modes.items():
-        noise.convert(mode).save(folder / name)
-    noise.resize((1, 1)).save(folder / "i.png")
-    grey(60_000, np.uint16).save(folder / "j.png")
+    for name in ("a.jpg", "b.jpeg", "c.PNG", "d.gif", "e.webp", "f.bmp", "g.tif"):
+        noise.save(folder / name)
+    noise.resize((1, 1)).save(folder / "h.png")
     noise.save(folder / "bad.jpg", "EPS")
     for value, kind in ((40_000, np.int32), (-5, np.int32), (0.5, np.float32)):
         grey(value, kind).save(folder / f"bad{value}.tiff")  # they do not say what white is
@@ -2082,9 +2062,8 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
     write_shard(tmp_path / "0.tar", [good, b"junk", good, b"", good[:300], half])
     data = open_images([folder, tmp_path / "0.tar"], tmp_path, 32)
     images, undecodable = data[0, 0, 0, list(range(len(data)))]
-    assert images.shape == (10 + 4 + 6, 3, 32, 32)
+    assert images.shape == (8 + 4 + 6, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert len(set(undecodable)) == 4 + 4
     assert sum("bad" in name for name in set(undecodable)) == 4
     assert sum("0.tar at byte" in name for name in set(undecodable)) == 4
     alone = open_images([folder / "bad.jpg"], tmp_path)
@@ -2093,7 +2072,7 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard of six images, each with its caption and its JSON."""
+    """Of six images."""
     rng = np.random.default_rng(0)
     images = [jpeg(noise_image(rng, 30, 30)) for _ in range(6)]
     write_shard(tmp_path / "data" / "0.tar", images)
@@ -2166,12 +2145,6 @@ def test_a_process_that_may_hold_cuda_has_workers_that_are_not_forked(
         assert torch.equal(images, data[key][0])
 
 
-def spoil(path, start, content):
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(content)
-
-
 def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path):
     whole = shard.read_bytes()
     with tarfile.open(shard) as tar:
@@ -2182,15 +2155,11 @@ def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path):
     for content in (
         b"",
         whole[:middle],
-        whole[:middle + 600],
         whole[:last + 1024],
         whole[:middle + 148] + b"0000000" + whole[middle + 155:],  # the header's checksum
-        whole[:middle] + bytes(512) + whole[middle + 512:],
         whole[:middle] + bytes(2048) + whole[middle + 2048:],
-        whole + whole,
         sparse.tobuf(tarfile.GNU_FORMAT) + whole,
         gzip.compress(whole),
-        b"<html>404</html>",
     ):
         shard.write_bytes(content)
         refused(lambda shard: open_images([shard], tmp_path), shard, "download it again")
@@ -2327,7 +2296,6 @@ def read_log(folder):
 
 
 def trained_weights(folder):
-    """The weights in the last checkpoint of a stage."""
     tensors = load_file(folder / "step-00000006.safetensors")
     return {key[6:]: tensors[key] for key in tensors if key.startswith("model.")}
 
@@ -2401,7 +2369,6 @@ def test_lora_and_proj_alone_change_in_clip(world, trained):
 
 
 def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world, trained):
-    """That tower's LoRA is not merged."""
     folder = trained / "rf" / "open_clip"
     clip = open_clip.create_model(f"local-dir:{folder}").eval()
     _, model = built(world, trained / "rf", "--stage", 2)
@@ -2641,7 +2608,6 @@ def test_what_is_due_after_a_step_of_14(step, due):
 
 
 def test_a_row_of_the_log_is_made_of_means(tmp_path):
-    """Over the images since the row before, and in ten bins of their t."""
     s = settings("--out", tmp_path, "--batch-size", 4, "--accum", 1)
     log = train.Log(s, 0, 10, 80, torch.device("cpu"))
     levels = torch.tensor([0.05, 0.95, 0.99, 1.0])
@@ -2754,7 +2720,6 @@ def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, device, ru
 
 
 def assert_close_logs(one, other):
-    """The losses, also the held-out ones, and the gradients are nearly the same."""
     for row, same in zip(read_log(one), read_log(other), strict=True):
         for name in ("loss", "grad_norm", "heldout"):
             if row[name]:
@@ -2783,18 +2748,14 @@ def assert_same_run(one, other, stage, *results):
 
 @pytest.fixture(scope="session")
 def stub_run(world, tmp_path_factory):
-    """A finished run of the Stub."""
     out = tmp_path_factory.mktemp("stub")
     train_stub(world, out)
     return out
 
 
-def test_the_newest_two_checkpoints_are_kept_with_the_permissions_of_any_file(stub_run, tmp_path):
+def test_the_newest_two_checkpoints_are_kept(stub_run):
     names = sorted(path.name for path in (stub_run / "stage1").glob("step-*"))
     assert names == ["step-00000004.safetensors", "step-00000006.safetensors"]
-    (tmp_path / "other").touch()
-    modes = {path.stat().st_mode for path in stub_run.rglob("*") if path.is_file()}
-    assert modes == {(tmp_path / "other").stat().st_mode}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(world, stub_run, tmp_path, monkeypatch):
@@ -2837,8 +2798,9 @@ def go_on(world, stub_run, out, capsys, start, *more):
 
 
 def flip_a_bit(path):
-    content = path.read_bytes()
-    spoil(path, len(content) // 2, bytes([content[len(content) // 2] ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def make_it_another_models(path):
@@ -2849,10 +2811,7 @@ def make_it_another_models(path):
 
 DAMAGE = {
     "a bit": flip_a_bit,
-    "end": lambda path: os.truncate(path, path.stat().st_size - 3),
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "list": lambda path: path.write_text("[]"),
     "no seal": lambda path: save_file(load_file(path), path),
     "older": lambda path: shutil.copy(path.with_name("step-00000004.safetensors"), path),
     "another model's": make_it_another_models,
@@ -2861,7 +2820,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage, steps, start", [
     ("a bit", [6], [4]),
-    ("end", [6, 4], []),
+    ("half", [6, 4], []),
     ("no seal", [6], [4]),
     ("older", [8, 7, 6], [4]),
     ("another model's", [6], [4]),
@@ -2882,12 +2841,10 @@ def test_damaged_checkpoints_are_skipped(
     ("settings.json", []),
     ("log.csv", []),
     ("000003.png", [2]),
-    ("step-00000004.safetensors", [2]),
     ("step-00000006.safetensors", [4]),
     ("last.safetensors", [6]),
 ])
 def test_a_full_disk_is_one_line(world, stub_run, tmp_path, monkeypatch, capsys, name, start):
-    """With room again, the same command goes on."""
     replace = os.replace
 
     def full(source, target):
@@ -2940,9 +2897,8 @@ def test_what_stops_a_run_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["settings.json", "log.csv"])
-@pytest.mark.parametrize("damage", ["zeros", "half", "list"])
-def test_an_unreadable_file_of_a_run_is_one_line(world, stopped, capsys, name, damage):
-    DAMAGE[damage](stopped / "stage1" / name)
+def test_an_unreadable_file_of_a_run_is_one_line(world, stopped, capsys, name):
+    DAMAGE["half"](stopped / "stage1" / name)
     assert f"{name} cannot be read" in refusal(capsys, train_stub, world, stopped)
 
 
@@ -2955,7 +2911,6 @@ def test_a_log_that_was_moved_away_is_begun_anew(world, stopped):
 
 
 def test_what_a_killed_run_was_writing_is_removed(world, stopped):
-    """And nothing else."""
     for folder in ("", "stage1", "stage1/samples", "open_clip", "clip-000004", "another"):
         (stopped / folder).mkdir(exist_ok=True)
         (stopped / folder / ".part-it").write_text("half")
@@ -3010,15 +2965,11 @@ def test_more_than_a_tenth_of_enough_images_is_too_many(tmp_path, start, step, t
 
 def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, monkeypatch, capsys):
     """But not for a file system without locks."""
-    says = "is in use by another run"
     with train.lock_run_directory(settings("--out", tmp_path / "run")):
         process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
         process.join()
     assert process.exitcode == 2
-    assert says in one_line((tmp_path / "said").read_text())
-    for code in (errno.EACCES, errno.EAGAIN):
-        monkeypatch.setattr(fcntl, "lockf", fails(OSError(code, "held")))
-        assert says in refusal(capsys, train_stub, world, tmp_path / "run")
+    assert "is in use by another run" in one_line((tmp_path / "said").read_text())
     monkeypatch.setattr(fcntl, "lockf", fails(OSError(errno.ENOLCK, "no lock")))
     train_stub(world, tmp_path / "run")
     assert "a file system without locks (no lock)" in capsys.readouterr().out
@@ -3049,14 +3000,6 @@ def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 10, 4))
     status, line = command(capsys, lambda argv: None)
     assert status == 2 and line.startswith("it.py: Python 3.11 or newer is needed")
-
-
-@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_gb_on_each_system(monkeypatch, platform, unit):
-    usage = types.SimpleNamespace(ru_maxrss=3_000_000)
-    monkeypatch.setattr(resource, "getrusage", lambda _: usage)
-    monkeypatch.setattr(sys, "platform", platform)
-    assert train.peak_memory() == pytest.approx(0.003 * unit)
 
 
 # ------------------------------------------------------------------ several processes
@@ -3093,8 +3036,8 @@ def in_both(folder, work, *more, device="cpu"):
 
 
 def train_e2e(world, out, *more):
-    """Three steps end to end, without pictures, which take longer than the steps."""
-    train.write_samples = lambda *_: None
+    """Three steps end to end."""
+    train.write_samples = lambda *_: None  # which takes longer than the steps
     typed = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
     train.main(arguments(world, out, *typed, *more))
 
@@ -3353,7 +3296,6 @@ def test_a_mistake_is_one_line(mistaken, world, tmp_path, monkeypatch, capsys, t
 
 @pytest.fixture(scope="session")
 def mistaken(world):
-    """What the mistakes point at."""
     (world / "empty").mkdir()
     save_file({}, world / "nothing.safetensors")
     gh.write_weights(world / "damaged.safetensors", {"weight": torch.ones(1000)})
