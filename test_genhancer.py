@@ -2055,16 +2055,15 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
         noise.save(folder / name)
     noise.resize((1, 1)).save(folder / "h.png")
     noise.save(folder / "bad.jpg", "EPS")
-    for value, kind in ((40_000, np.int32), (-5, np.int32), (0.5, np.float32)):
-        grey(value, kind).save(folder / f"bad{value}.tiff")  # they do not say what white is
+    grey(0.5, np.float32).save(folder / "bad.tiff")  # it does not say what white is
     good = jpeg(noise)
     half = good[:len(good) // 2]
     write_shard(tmp_path / "0.tar", [good, b"junk", good, b"", good[:300], half])
     data = open_images([folder, tmp_path / "0.tar"], tmp_path, 32)
     images, undecodable = data[0, 0, 0, list(range(len(data)))]
-    assert images.shape == (8 + 4 + 6, 3, 32, 32)
+    assert images.shape == (8 + 2 + 6, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert sum("bad" in name for name in set(undecodable)) == 4
+    assert sum("bad" in name for name in set(undecodable)) == 2
     assert sum("0.tar at byte" in name for name in set(undecodable)) == 4
     alone = open_images([folder / "bad.jpg"], tmp_path)
     refused(lambda _: alone[0, 0, 0, [0]], folder / "bad.jpg", "100 images in a row cannot be")
@@ -2080,25 +2079,19 @@ def shard(tmp_path):
 
 
 def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
-    """The stand-ins come from all over the data, by the micro-batch's own draws."""
+    """The stand-ins come from all over the data, as follows from seed, step and slot."""
     contents = [jpeg(Image.new("RGB", (9, 9), (i, 0, 0))) for i in range(100)]
     contents[40:60] = 20 * [b"no image"]
     write_shard(shard, contents)
     data = open_images([shard], tmp_path, 8)
     drawn = watch(monkeypatch, data, "load")
-    images, undecodable = data[0, 0, 0, list(range(30, 70))]
+    indices = list(range(30, 70))
+    images, undecodable = data[0, 3, 1, indices]
     bad = [index for (index,) in drawn if 40 <= index < 60]
     assert len(undecodable) == len(bad) < 30
     assert len(images[10:30, 0].float().mean((1, 2)).round().unique()) > 10
-    assert torch.equal(images, data[0, 0, 0, list(range(30, 70))][0])
-    assert not torch.equal(images, data[0, 0, 1, list(range(30, 70))][0])
-
-
-def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
-    data = open_images([shard], tmp_path)
-    images = data[0, 3, 1, [0, 1]][0]
     for key in ((0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 2)):
-        assert torch.equal(images, data[*key, [0, 1]][0]) == (key == (0, 3, 1))
+        assert torch.equal(images, data[*key, indices][0]) == (key == (0, 3, 1))
 
 
 def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
@@ -2150,15 +2143,12 @@ def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path):
     with tarfile.open(shard) as tar:
         starts = [member.offset for member in tar]
     middle, last = starts[9], starts[17]
-    sparse = tarfile.TarInfo("big.jpg")
-    sparse.type = tarfile.GNUTYPE_SPARSE
     for content in (
         b"",
         whole[:middle],
         whole[:last + 1024],
         whole[:middle + 148] + b"0000000" + whole[middle + 155:],  # the header's checksum
         whole[:middle] + bytes(2048) + whole[middle + 2048:],
-        sparse.tobuf(tarfile.GNU_FORMAT) + whole,
         gzip.compress(whole),
     ):
         shard.write_bytes(content)
@@ -2520,14 +2510,10 @@ def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
     s, model = built(world, tmp_path, "--stage", "e2e", "--no-lora")
     assert all(p.requires_grad for p in model.visual.parameters())
     perturb(model.visual)
-    weights = model.state_dict()
-    clip = train.build_enhanced_clip(s, weights)
+    clip = train.build_enhanced_clip(s, model.state_dict())
     assert_same_weights(clip.visual, model.visual)
     original = load_file(world / "tiny-clip.safetensors")
     assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
-    del weights["visual.proj"]
-    says = "visual.proj must be [64, 32], not absent"
-    refused(lambda _: train.build_enhanced_clip(s, weights), says)
 
 
 def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
@@ -2981,16 +2967,10 @@ def test_an_out_that_a_node_does_not_see_is_one_line(tmp_path, monkeypatch):
     refused(lambda _: train.open_data(s, "data", 8), tmp_path, "rank 8", "that all nodes share")
 
 
-def test_windows_is_refused_in_one_line(tmp_path):
-    def start_on_windows():
-        sys.modules |= {"fcntl": None, "resource": None}
-        sys.platform = "win32"
-        importlib.reload(train).main([])
-
-    process = in_a_process(tmp_path / "said", start_on_windows)
-    process.join()
-    assert process.exitcode == 2
-    assert "Linux, macOS and WSL" in one_line((tmp_path / "said").read_text())
+def test_windows_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert "Linux, macOS and WSL" in refusal(capsys, train.main, [])
 
 
 def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
@@ -3251,9 +3231,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("typed, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
-    ("--denoiser gan", "--denoiser: invalid choice: 'gan'"),
     ("--steps many", "--steps: invalid number value: 'many'"),
-    ("--steps 0", "--steps: 0 is out of range"),
     ("--lr nan", "--lr: nan is out of range"),
     ("--batch-size 1000000", "--batch-size: 1000000 is out of range"),
     ("--mask-ratio 0 0.5", "--mask-ratio: 0 is out of range"),
@@ -3271,12 +3249,9 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
-    ("--vae WORLD/vae64.safetensors", "are 32 pixels wide, which is no multiple"),
-    ("--denoiser perceiver --vqgan nowhere", "VQ-GAN weights not found at '?nowhere"),
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
-    ("--val nowhere", "data not found at nowhere"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
     ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
@@ -3301,9 +3276,6 @@ def mistaken(world):
     gh.write_weights(world / "damaged.safetensors", {"weight": torch.ones(1000)})
     flip_a_bit(world / "damaged.safetensors")
     make_benchmark(world / "mmvp", ["Colour", "State"])
-    config = AutoEncoderConfig(ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=4)
-    about = {"vae": dataclasses.asdict(config)}
-    gh.write_weights(world / "vae64.safetensors", AutoEncoder(config).state_dict(), about)
 
 
 def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path, monkeypatch):
@@ -3363,7 +3335,6 @@ def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, 
     ("--stage 1 --denoiser perceiver", dict(width=1024, mask_ratio=[0.5, 0.9])),
     ("--stage 1 --preset toy", dict(steps=250, lr=2e-3, width=128, backbone="toy")),
     ("--stage 2 --preset toy", dict(steps=130, lr=1e-3, lr_clip=4e-4)),
-    ("--stage e2e --preset toy --denoiser perceiver", dict(steps=500, width=128)),
     ("--preset toy --epochs 2", dict(steps=None, epochs=2)),
     ("--preset bench --steps 300", dict(stage=1, steps=300, accum=2, data=[])),
 ])
