@@ -1740,8 +1740,7 @@ def test_an_exported_folder_is_the_clip_that_transformers_computes(
     eval_mmvp.export_hf(clip, tmp_path)
     again = load_file(tmp_path / "model.safetensors")
     assert again.keys() == weights.keys()
-    for key, tensor in weights.items():
-        assert torch.equal(again[key], tensor), key
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -1815,7 +1814,6 @@ def test_an_exported_clips_files_say_what_it_is(exported, clip, vision, text, pr
 
 @pytest.mark.parametrize("model, lacks", [
     ("ViT-L-14-CLIPA", "no_ln_pre is True, not False"),
-    ("ViT-H-14-worldwide-quickgelu", "vocab_size is 901629, not 49408"),
     ("xlm-roberta-base-ViT-B-32", "hf_model_name is 'xlm-roberta-base', not None"),
     ("RN50", "layers is [3, 4, 6, 3]"),
     ("EVA02-B-16", "timm_pool is 'token', not 'map'"),
@@ -1999,7 +1997,6 @@ def open_images(paths, tmp_path, side=16):
 
 
 def save_and_open(image, path, side):
-    """Training data that is this one image."""
     image.save(path, quality=95)
     return open_images([path], path.parent, side)
 
@@ -2071,7 +2068,6 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
 
 @pytest.fixture
 def shard(tmp_path):
-    """Of six images."""
     rng = np.random.default_rng(0)
     images = [jpeg(noise_image(rng, 30, 30)) for _ in range(6)]
     write_shard(tmp_path / "data" / "0.tar", images)
@@ -2095,7 +2091,7 @@ def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
 
 
 def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
-    """A worker is sent the place of the index alone. No bar is drawn without a terminal."""
+    """No bar is drawn without a terminal."""
     save_and_open(red("RGB"), tmp_path / "a.png", 8)
     contents = [[f"{shard} {i}".encode() for i in range(shard)] for shard in range(9)]
     for shard, images in enumerate(contents):
@@ -2104,9 +2100,6 @@ def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
     tars = [path.read_bytes() for path in sorted((tmp_path / "data").iterdir())]
     found = [tars[place][start:start + size] for place, start, size in data.entries]
     assert found == [image for images in contents for image in images]
-    sent = pickle.dumps(data)
-    assert len(sent) < data.entries.nbytes
-    assert pickle.loads(sent).fingerprint() == data.fingerprint()
     assert capsys.readouterr().err == ""
 
 
@@ -2198,12 +2191,11 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     assert "data: 6 files" in capsys.readouterr().out
 
 
-def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path):
-    for name in ("0.tar.gz", "0.zip", "0.parquet"):
-        (tmp_path / name).touch()
-        ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
-        refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
-        (tmp_path / name).unlink()
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.zip", "0.parquet"])
+def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).touch()
+    ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
+    refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
 
 
 def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monkeypatch):
@@ -2258,10 +2250,7 @@ def perceiver(world, out, *more):
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory):
-    """rf: both stages, with the benchmark before and after; perceiver: LoRA alone in stage 2.
-
-    The network is out of reach all the while.
-    """
+    """rf: both stages, with the benchmark before and after; perceiver: LoRA alone in stage 2."""
     out = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(1)
     images = [jpeg(noise_image(rng, 40, 50)) for _ in range(4)]
@@ -2272,7 +2261,7 @@ def trained(world, tmp_path_factory):
         open(out / "said", "w") as said,
         redirect_stdout(said),
     ):
-        patch.setattr(socket, "getaddrinfo", None)
+        patch.setattr(socket, "getaddrinfo", None)  # no step needs the network
         patch.setattr(socket.socket, "connect", None)
         train.main(rf(world, out / "rf", "--benchmark", benchmark, "--export-every", 4))
         for stage in (1, 2):
@@ -2882,15 +2871,10 @@ def test_what_stops_a_run_is_one_line(
     assert not saved
 
 
-@pytest.mark.parametrize("name", ["settings.json", "log.csv"])
-def test_an_unreadable_file_of_a_run_is_one_line(world, stopped, capsys, name):
-    DAMAGE["half"](stopped / "stage1" / name)
-    assert f"{name} cannot be read" in refusal(capsys, train_stub, world, stopped)
-
-
-def test_a_log_that_was_moved_away_is_begun_anew(world, stopped):
-    """As the message about an unreadable one advises."""
+def test_an_unreadable_log_is_one_line_until_it_is_moved_away(world, stopped, capsys):
     os.remove(stopped / "stage1" / "step-00000006.safetensors")
+    DAMAGE["half"](stopped / "stage1" / "log.csv")
+    assert "log.csv cannot be read" in refusal(capsys, train_stub, world, stopped)
     os.remove(stopped / "stage1" / "log.csv")
     rows = read_log(train_stub(world, stopped))
     assert [int(row["step"]) for row in rows] == [5, 6]
@@ -3016,7 +3000,6 @@ def in_both(folder, work, *more, device="cpu"):
 
 
 def train_e2e(world, out, *more):
-    """Three steps end to end."""
     train.write_samples = lambda *_: None  # which takes longer than the steps
     typed = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
     train.main(arguments(world, out, *typed, *more))
@@ -3058,10 +3041,7 @@ def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
 
 
 def test_shards_in_bf16_sum_the_gradients_of_ddp(world, tmp_path):
-    """Over two micro-batches, after each of which --shard reduces them.
-
-    Adam's first moments after one step are the gradients themselves, times a tenth.
-    """
+    """Adam's first moments after one step are a tenth of the gradients."""
     typed = ("--stage", 1, "--steps", 1, "--accum", 2, "--precision", "bf16", "--clip-grad", 1e6)
     states = []
     for more in ([], ["--shard"]):
@@ -3227,8 +3207,6 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--steps many", "--steps: invalid number value: 'many'"),
     ("--lr nan", "--lr: nan is out of range"),
-    ("--batch-size 1000000", "--batch-size: 1000000 is out of range"),
-    ("--mask-ratio 0 0.5", "--mask-ratio: 0 is out of range"),
     ("--data=", "--data: the value is empty"),
     ("--width 100", "--width 100 must be a multiple of 128"),
     ("--mask-ratio 0.9 0.5", "give the lower ratio first"),
@@ -3248,7 +3226,6 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     ("--data WORLD/empty", "no image and no .tar"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
-    ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
     ("--stage 2 --init WORLD/damaged.safetensors", "is damaged.*: run --stage 1 .again."),
     ("--stage all", "Questions.csv not found"),
     ("--stage all --zeroshot folder:nowhere --benchmark WORLD/mmvp", "one subfolder per class"),
