@@ -1883,9 +1883,9 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
 
 CLIPS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 SIGLIPS_OWN = CLIPS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-SQUARE_224 = {"height": 224, "width": 224}
-CLIP_224 = PROCESSORS["tiny-clip"] | {"size": {"shortest_edge": 224}, "crop_size": SQUARE_224}
-SIGLIP_224 = PROCESSORS["tiny-siglip"] | {"size": SQUARE_224}
+SIGLIP_224 = PROCESSORS["tiny-siglip"] | {"size": {"height": 224, "width": 224}}
+CLIP_224 = PROCESSORS["tiny-clip"] | {"size": {"shortest_edge": 224}}
+CLIP_224["crop_size"] = SIGLIP_224["size"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -2031,17 +2031,6 @@ def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
     assert 0.86 < areas.min() < 0.9 < areas.median() < areas.max() <= 1
 
 
-@pytest.mark.parametrize("size, kept", [((300, 200), 8 / 9), ((320, 180), 3 / 4)])
-def test_a_wide_image_has_one_crop_the_central_of_4_to_3(tmp_path, size, kept):
-    """As in the official code: no crop of nine tenths has a ratio of 4:3 or less."""
-    ramp = np.indices(size[::-1])[1] * 255 // (size[0] - 1)
-    data = save_and_open(Image.fromarray(ramp.astype(np.uint8)), tmp_path / "a.png", 64)
-    crops = data[0, 0, 0, 8 * [0]][0].float()
-    assert (crops == crops[0]).all()
-    assert (crops.max() - crops.min()) / 255 == pytest.approx(kept, abs=0.02)
-    assert crops.max() + crops.min() == pytest.approx(255, abs=2)
-
-
 def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypatch):
     """Among them an EPS by another name, which Pillow would have Ghostscript run."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fails(pytest.fail.Exception("it was run")))
@@ -2086,8 +2075,9 @@ def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
     bad = [index for (index,) in drawn if 40 <= index < 60]
     assert len(undecodable) == len(bad) < 30
     assert len(images[10:30, 0].float().mean((1, 2)).round().unique()) > 10
-    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert torch.equal(images, data[*key, indices][0]) == (not any(key))
+    for key in ("000", "100", "010", "001"):
+        again, _ = data[*map(int, key), indices]
+        assert torch.equal(again, images) == (key == "000")
 
 
 def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
@@ -2536,7 +2526,6 @@ def test_the_control_alone_conditions_on_other_images(world, tmp_path, monkeypat
     assert torch.equal(condition_images, images[order])
     assert not torch.equal(images[0], images[1])
     assert 0.4 < images.mean() < 0.6  # noise, in [0, 1]
-    assert_close(255 * images, (255 * images).round(), 1e-6)
 
 
 @pytest.mark.parametrize("largest", [0.5, 1000])
@@ -2778,18 +2767,11 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def make_it_another_models(path):
-    tensors, about = gh.read_weights(path, "it")
-    renamed = {name.replace("bias", "other"): tensor for name, tensor in tensors.items()}
-    gh.write_weights(path, renamed, about)
-
-
 DAMAGE = {
     "a bit": flip_a_bit,
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "no seal": lambda path: save_file(load_file(path), path),
     "older": lambda path: shutil.copy(path.with_name("step-00000004.safetensors"), path),
-    "another model's": make_it_another_models,
 }
 
 
@@ -2798,7 +2780,6 @@ DAMAGE = {
     ("half", [6, 4], []),
     ("no seal", [6], [4]),
     ("older", [8, 7, 6], [4]),
-    ("another model's", [6], [4]),
 ])
 def test_damaged_checkpoints_are_skipped(
         world, stub_run, stopped, tmp_path, capsys, damage, steps, start):
