@@ -2021,7 +2021,6 @@ def test_the_centre_crop_is_the_middle_square_resized_as_pillow_does(tmp_path):
 
 
 def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
-    """As a ramp over rows and columns shows: between 90 and 100 % of its area."""
     rows, columns = np.indices((256, 256))
     ramp = np.stack([rows, columns, rows * 0], -1).astype(np.uint8)
     data = save_and_open(Image.fromarray(ramp), tmp_path / "a.png", 64)
@@ -2473,7 +2472,6 @@ def test_the_flags_reach_the_model(world, tmp_path):
     _, model = built(world, tmp_path, *more, "--local-ratio", 0.25)
     assert (model.mask_ratio, model.num_locals) == ([0.2, 0.3], 4)
     assert len(model.denoiser.layers) == 3
-    assert not model.denoiser.grad_checkpointing
 
 
 def test_the_denoisers_of_the_paper_have_its_sizes():
@@ -2507,15 +2505,13 @@ def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
 def test_in_bf16_the_frozen_vae_keeps_its_weights_in_bf16(world, tmp_path):
     """And its latents come out in float32, within bf16's error of those of float32."""
     s, model = built(world, tmp_path, "--precision", "bf16")
-    exact, vae = load_vae(s.vae), model.autoencoder
+    vae = model.autoencoder
     assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
     images = 2 * torch.rand(4, 3, 32, 32) - 1
     with train.autocast(s, torch.device("cpu")):
         latents = vae.encode(images, sample=False)
-        decoded = vae.decode(latents)
-    assert latents.dtype == decoded.dtype == torch.float32
-    assert_close(latents, exact.encode(images, sample=False), 0.05)
-    assert_close(decoded, exact.decode(latents), 0.05)
+    assert latents.dtype == torch.float32
+    assert_close(latents, load_vae(s.vae).encode(images, sample=False), 0.05)
 
 
 @pytest.mark.parametrize("more, order", [([], [0, 1, 2]), (["--shuffle-target"], [2, 0, 1])])
@@ -2701,7 +2697,6 @@ def test_an_exported_clip_is_evaluated(world, trained, tmp_path, device):
 
 
 def assert_same_run(one, other, stage, *results):
-    """Checkpoints, pictures, losses and results are the same to the last bit."""
     files = [path for path in (one / stage).rglob("*.*") if path.suffix != ".csv"]
     for path in files + [one / name for name in results]:
         assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
@@ -3186,8 +3181,12 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("typed, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--denoiser gan", "--denoiser: invalid choice: 'gan'"),
     ("--steps many", "--steps: invalid number value: 'many'"),
+    ("--steps 0", "--steps: 0 is out of range"),
     ("--lr nan", "--lr: nan is out of range"),
+    ("--batch-size 1000000", "--batch-size: 1000000 is out of range"),
+    ("--mask-ratio 0 0.5", "--mask-ratio: 0 is out of range"),
     ("--data=", "--data: the value is empty"),
     ("--width 100", "--width 100 must be a multiple of 128"),
     ("--mask-ratio 0.9 0.5", "give the lower ratio first"),
@@ -3202,11 +3201,15 @@ def test_a_missing_compiler_is_one_line(monkeypatch):
     ("--clip-weights WORLD/vae.safetensors", "tiny-clip"),
     ("--vae nowhere", "VAE weights not found at '?nowhere'?.*ae.safetensors"),
     ("--vae WORLD/vqgan.safetensors", "ae.safetensors of FLUX.1"),
+    ("--vae WORLD/vae64.safetensors", "are 32 pixels wide, which is no multiple"),
+    ("--denoiser perceiver --vqgan nowhere", "VQ-GAN weights not found at '?nowhere"),
     ("--denoiser perceiver --vqgan WORLD/vae.safetensors", "vqgan_imagenet_f16"),
     ("--data nowhere", "data not found at nowhere"),
     ("--data WORLD/empty", "no image and no .tar"),
+    ("--val nowhere", "data not found at nowhere"),
     ("--init WORLD/nothing.safetensors", "FLUX's weights .*not absent"),
     ("--stage 2", "run --stage 1 .again."),
+    ("--stage 2 --init WORLD/nothing.safetensors", "stage 1's weights .*not absent"),
     ("--stage 2 --init WORLD/damaged.safetensors", "is damaged.*: run --stage 1 .again."),
     ("--stage all", "Questions.csv not found"),
     ("--stage all --zeroshot folder:nowhere --benchmark WORLD/mmvp", "one subfolder per class"),
@@ -3223,11 +3226,15 @@ def test_a_mistake_is_one_line(mistaken, world, tmp_path, monkeypatch, capsys, t
 
 @pytest.fixture(scope="session")
 def mistaken(world):
+    """What the mistakes point at."""
     (world / "empty").mkdir()
     save_file({}, world / "nothing.safetensors")
     gh.write_weights(world / "damaged.safetensors", {"weight": torch.ones(1000)})
     flip_a_bit(world / "damaged.safetensors")
     make_benchmark(world / "mmvp", ["Colour", "State"])
+    config = AutoEncoderConfig(ch=32, ch_mult=(1,) * 6, num_res_blocks=1, z_channels=4)
+    about = {"vae": dataclasses.asdict(config)}
+    gh.write_weights(world / "vae64.safetensors", AutoEncoder(config).state_dict(), about)
 
 
 def test_a_clip_that_huggingfaces_format_cannot_hold_is_refused(world, tmp_path, monkeypatch):
@@ -3287,6 +3294,7 @@ def test_other_weights_are_another_run(world, trained, tmp_path, capsys, stage, 
     ("--stage 1 --denoiser perceiver", dict(width=1024, mask_ratio=[0.5, 0.9])),
     ("--stage 1 --preset toy", dict(steps=250, lr=2e-3, width=128, backbone="toy")),
     ("--stage 2 --preset toy", dict(steps=130, lr=1e-3, lr_clip=4e-4)),
+    ("--stage e2e --preset toy --denoiser perceiver", dict(steps=500, width=128)),
     ("--preset toy --epochs 2", dict(steps=None, epochs=2)),
     ("--preset bench --steps 300", dict(stage=1, steps=300, accum=2, data=[])),
 ])
