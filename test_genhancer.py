@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -1651,7 +1650,6 @@ def test_a_folder_of_the_hubs_in_open_clips_format_is_taken(world, exported, tmp
 
 # ------------------------------------------------------------------ HuggingFace's format
 
-
 @pytest.fixture(scope="module")
 def exported(world):
     """A folder with hf/ of the tiny models; open_clip/ lies beside it."""
@@ -1687,8 +1685,7 @@ def test_an_exported_folder_is_the_clip_that_transformers_computes(
     eval_mmvp.export_hf(clip, tmp_path)
     again = load_file(tmp_path / "model.safetensors")
     assert again.keys() == weights.keys()
-    for key, tensor in weights.items():
-        assert torch.equal(again[key], tensor), key
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -1762,7 +1759,6 @@ def test_an_exported_clips_files_say_what_it_is(exported, clip, vision, text, pr
 
 @pytest.mark.parametrize("model, lacks", [
     ("ViT-L-14-CLIPA", "no_ln_pre is True, not False"),
-    ("ViT-H-14-worldwide-quickgelu", "vocab_size is 901629, not 49408"),
     ("xlm-roberta-base-ViT-B-32", "hf_model_name is 'xlm-roberta-base', not None"),
     ("RN50", "layers is [3, 4, 6, 3]"),
     ("EVA02-B-16", "timm_pool is 'token', not 'map'"),
@@ -1799,7 +1795,6 @@ def test_what_was_exported_is_imported_bit_by_bit(world, exported, tmp_path, fil
 @pytest.mark.parametrize("tower, prefix, projected", [
     ("visual.", "visual.", True),
     ("visual.", "", True),  # open_clip saves it so
-    ("visual.", "model.vision_tower.vision_tower.", True),
     ("vision_model.", "vision_model.", True),
     ("vision_model.", "", False),  # as transformers 5 does, without the projection
     ("vision_model.", "model.vision_tower.vision_tower.", False),
@@ -1833,9 +1828,9 @@ def test_a_vision_tower_alone_takes_the_rest_from_its_backbone_if_that_is_at_han
 
 CLIPS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 SIGLIPS_OWN = CLIPS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-SQUARE_224 = {"height": 224, "width": 224}
-CLIP_224 = PROCESSORS["tiny-clip"] | {"size": {"shortest_edge": 224}, "crop_size": SQUARE_224}
-SIGLIP_224 = PROCESSORS["tiny-siglip"] | {"size": SQUARE_224}
+SIGLIP_224 = PROCESSORS["tiny-siglip"] | {"size": {"height": 224, "width": 224}}
+CLIP_224 = PROCESSORS["tiny-clip"] | {"size": {"shortest_edge": 224}}
+CLIP_224["crop_size"] = SIGLIP_224["size"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -1877,19 +1872,15 @@ NO_OBJECT = "cannot be read as JSON (not an object)"
 @pytest.mark.parametrize("file, text, says", [
     (INDEX, '{"weight_map": {"a": "1-model.safetensors"}}', "1-model.safetensors' (not a file)"),
     (INDEX, '{"weight_map": {', f"{INDEX} cannot be read as JSON"),
-    (CONFIG, "[]", NO_OBJECT),
     (CONFIG, '{"vision_config": [3]}', NO_OBJECT),
     (CONFIG, '{"vision_config": null}', "num_attention_heads 12"),
     (CONFIG, '{"vision_config_dict": {"num_attention_heads": 3}, "vision_config": {}}', "heads 3"),
     # Older files have numbers for sizes, some have null, and transformers 5 another name.
     (PROCESSOR, '{"size": 32, "crop_size": 32, "do_resize": null}', None),
     (PROCESSOR, '{"size": 24}', "size {'shortest_edge': 24} (image_processor)"),
-    (PROCESSOR, '{"size": 32, "crop_size": 24}', "crop_size {'height': 24, 'width': 24} (image"),
     (BOTH_PROCESSORS, '{"processor_class": "CLIPProcessor"}', None),  # transformers 4's
     (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
                       '"crop_size": 32, "resample": 2}}', "resample 2 (image_processor)"),
-    (BOTH_PROCESSORS, '{"image_processor": {"image_processor_type": "It", "size": 32, '
-                      '"crop_size": 32}}', None),
 ])
 def test_json_beside_weights_is_read_as_transformers_reads_it(
     exported, tmp_path, file, text, says
@@ -1897,9 +1888,7 @@ def test_json_beside_weights_is_read_as_transformers_reads_it(
     shutil.copy(exported / "tiny-clip" / "model.safetensors", tmp_path / "0-model.safetensors")
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "0-model.safetensors"}}')
     (tmp_path / file).write_text(text)
-    if says:
-        refused(lambda folder: load_clip("tiny-clip", folder), tmp_path, says)
-    else:
+    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
         load_clip("tiny-clip", tmp_path)
 
 
@@ -1935,10 +1924,8 @@ TURN[0x0112] = 6  # orientation: turn it by 90 degrees
     (tagged(LYING, exif=TURN.tobytes()), RED),
     (Image.new("L", (8, 8), 77), (77, 77, 77)),
     (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), WHITE),
-    (Image.new("LA", (8, 8), (0, 0)), WHITE),
     (tagged(red("P"), transparency=red("P").getpixel((0, 0))), WHITE),
     (grey(60_000, np.uint16), (234, 234, 234)),
-    (grey(60_000, ">u2"), (234, 234, 234)),
     (grey(200, np.uint16), (0, 0, 0)),  # of 65,535
     (tagged(red("RGB"), exif=b"Exif\0\0MM\0*"), RED),  # which cannot be read
 ])
@@ -1955,23 +1942,16 @@ def open_images(paths, tmp_path, side=16):
 
 
 def save_and_open(image, path, side):
-    """Training data that is this one image."""
     image.save(path, quality=95)
     return open_images([path], path.parent, side)
 
 
-@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
-def test_a_thin_image_takes_less_than_a_gigabyte(tmp_path, size):
-    data = save_and_open(Image.new("RGB", size), tmp_path / "a.png", 224)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
-    try:
-        image, _ = data.load(0, augment=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert image is not None
+def test_a_thin_image_is_cropped_before_it_is_resized(tmp_path, monkeypatch):
+    """The other way round, this one would take 9 GB."""
+    data = save_and_open(Image.new("RGB", (60_000, 1)), tmp_path / "a.png", 224)
+    resized = watch(monkeypatch, train.v2.Resize, "forward")
+    assert data.load(0, augment=False)[0].shape == (3, 224, 224)
+    assert [pixels.shape for _, pixels in resized] == [(3, 1, 1)]
 
 
 def test_the_centre_crop_is_the_middle_square_resized_as_pillow_does(tmp_path):
@@ -1986,7 +1966,6 @@ def test_the_centre_crop_is_the_middle_square_resized_as_pillow_does(tmp_path):
 
 
 def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
-    """As a ramp over rows and columns shows: between 90 and 100 % of its area."""
     rows, columns = np.indices((256, 256))
     ramp = np.stack([rows, columns, rows * 0], -1).astype(np.uint8)
     data = save_and_open(Image.fromarray(ramp), tmp_path / "a.png", 64)
@@ -1996,41 +1975,25 @@ def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
     assert 0.86 < areas.min() < 0.9 < areas.median() < areas.max() <= 1
 
 
-@pytest.mark.parametrize("size, kept", [((300, 200), 8 / 9), ((320, 180), 3 / 4)])
-def test_a_wide_image_has_one_crop_the_central_of_4_to_3(tmp_path, size, kept):
-    """As in the official code: no crop of nine tenths has a ratio of 4:3 or less."""
-    ramp = np.indices(size[::-1])[1] * 255 // (size[0] - 1)
-    data = save_and_open(Image.fromarray(ramp.astype(np.uint8)), tmp_path / "a.png", 64)
-    crops = data[0, 0, 0, 8 * [0]][0].float()
-    assert (crops == crops[0]).all()
-    assert (crops.max() - crops.min()) / 255 == pytest.approx(kept, abs=0.02)
-    assert crops.max() + crops.min() == pytest.approx(255, abs=2)
-
-
 def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypatch):
     """Among them an EPS by another name, which Pillow would have Ghostscript run."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fails(pytest.fail.Exception("it was run")))
     folder = tmp_path / "zoo"
     folder.mkdir()
     noise = noise_image(np.random.default_rng(0), 48, 64)
-    modes = {"a.jpg": "RGB", "b.jpeg": "CMYK", "c.png": "L", "d.gif": "P", "e.PNG": "RGBA",
-             "f.webp": "RGB", "g.bmp": "RGB", "h.tif": "RGB"}
-    for name, mode in modes.items():
-        noise.convert(mode).save(folder / name)
-    noise.resize((1, 1)).save(folder / "i.png")
-    grey(60_000, np.uint16).save(folder / "j.png")
+    for name in ("a.jpg", "b.jpeg", "c.PNG", "d.gif", "e.webp", "f.bmp", "g.tif"):
+        noise.save(folder / name)
+    noise.resize((1, 1)).save(folder / "h.png")
     noise.save(folder / "bad.jpg", "EPS")
-    for value, kind in ((40_000, np.int32), (-5, np.int32), (0.5, np.float32)):
-        grey(value, kind).save(folder / f"bad{value}.tiff")  # they do not say what white is
+    grey(0.5, np.float32).save(folder / "bad.tiff")  # it does not say what white is
     good = jpeg(noise)
     half = good[:len(good) // 2]
     write_shard(tmp_path / "0.tar", [good, b"junk", good, b"", good[:300], half])
     data = open_images([folder, tmp_path / "0.tar"], tmp_path, 32)
     images, undecodable = data[0, 0, 0, list(range(len(data)))]
-    assert images.shape == (10 + 4 + 6, 3, 32, 32)
+    assert images.shape == (8 + 2 + 6, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert len(set(undecodable)) == 4 + 4
-    assert sum("bad" in name for name in set(undecodable)) == 4
+    assert sum("bad" in name for name in set(undecodable)) == 2
     assert sum("0.tar at byte" in name for name in set(undecodable)) == 4
     alone = open_images([folder / "bad.jpg"], tmp_path)
     refused(lambda _: alone[0, 0, 0, [0]], folder / "bad.jpg", "100 images in a row cannot be")
@@ -2038,7 +2001,6 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard of six images, each with its caption and its JSON."""
     rng = np.random.default_rng(0)
     images = [jpeg(noise_image(rng, 30, 30)) for _ in range(6)]
     write_shard(tmp_path / "data" / "0.tar", images)
@@ -2046,29 +2008,24 @@ def shard(tmp_path):
 
 
 def test_a_block_of_bad_images_counts_each_once(shard, tmp_path, monkeypatch):
-    """The stand-ins come from all over the data, by the micro-batch's own draws."""
+    """The stand-ins come from all over the data, as follows from seed, step and slot."""
     contents = [jpeg(Image.new("RGB", (9, 9), (i, 0, 0))) for i in range(100)]
     contents[40:60] = 20 * [b"no image"]
     write_shard(shard, contents)
     data = open_images([shard], tmp_path, 8)
     drawn = watch(monkeypatch, data, "load")
-    images, undecodable = data[0, 0, 0, list(range(30, 70))]
+    indices = list(range(30, 70))
+    images, undecodable = data[0, 0, 0, indices]
     bad = [index for (index,) in drawn if 40 <= index < 60]
     assert len(undecodable) == len(bad) < 30
     assert len(images[10:30, 0].float().mean((1, 2)).round().unique()) > 10
-    assert torch.equal(images, data[0, 0, 0, list(range(30, 70))][0])
-    assert not torch.equal(images, data[0, 0, 1, list(range(30, 70))][0])
-
-
-def test_crops_follow_from_seed_step_and_slot(shard, tmp_path):
-    data = open_images([shard], tmp_path)
-    images = data[0, 3, 1, [0, 1]][0]
-    for key in ((0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 2)):
-        assert torch.equal(images, data[*key, [0, 1]][0]) == (key == (0, 3, 1))
+    for key in ("000", "100", "010", "001"):
+        again, _ = data[*map(int, key), indices]
+        assert torch.equal(again, images) == (key == "000")
 
 
 def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
-    """A worker is sent the place of the index alone. No bar is drawn without a terminal."""
+    """No bar is drawn without a terminal."""
     save_and_open(red("RGB"), tmp_path / "a.png", 8)
     contents = [[f"{shard} {i}".encode() for i in range(shard)] for shard in range(9)]
     for shard, images in enumerate(contents):
@@ -2077,9 +2034,6 @@ def test_many_shards_are_indexed_in_their_order(tmp_path, capsys):
     tars = [path.read_bytes() for path in sorted((tmp_path / "data").iterdir())]
     found = [tars[place][start:start + size] for place, start, size in data.entries]
     assert found == [image for images in contents for image in images]
-    sent = pickle.dumps(data)
-    assert len(sent) < data.entries.nbytes
-    assert pickle.loads(sent).fingerprint() == data.fingerprint()
     assert capsys.readouterr().err == ""
 
 
@@ -2111,31 +2065,18 @@ def test_a_process_that_may_hold_cuda_has_workers_that_are_not_forked(
         assert torch.equal(images, data[key][0])
 
 
-def spoil(path, start, content):
-    with open(path, "r+b") as file:
-        file.seek(start)
-        file.write(content)
-
-
 def test_a_shard_that_is_not_whole_is_an_error_that_names_it(shard, tmp_path):
     whole = shard.read_bytes()
     with tarfile.open(shard) as tar:
         starts = [member.offset for member in tar]
     middle, last = starts[9], starts[17]
-    sparse = tarfile.TarInfo("big.jpg")
-    sparse.type = tarfile.GNUTYPE_SPARSE
     for content in (
         b"",
         whole[:middle],
-        whole[:middle + 600],
         whole[:last + 1024],
         whole[:middle + 148] + b"0000000" + whole[middle + 155:],  # the header's checksum
-        whole[:middle] + bytes(512) + whole[middle + 512:],
         whole[:middle] + bytes(2048) + whole[middle + 2048:],
-        whole + whole,
-        sparse.tobuf(tarfile.GNU_FORMAT) + whole,
         gzip.compress(whole),
-        b"<html>404</html>",
     ):
         shard.write_bytes(content)
         refused(lambda shard: open_images([shard], tmp_path), shard, "download it again")
@@ -2184,12 +2125,11 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     assert "data: 6 files" in capsys.readouterr().out
 
 
-def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path):
-    for name in ("0.tar.gz", "0.zip", "0.parquet"):
-        (tmp_path / name).touch()
-        ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
-        refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
-        (tmp_path / name).unlink()
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.zip", "0.parquet"])
+def test_a_container_that_is_not_read_is_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).touch()
+    ways_out = ("unpack .zip and .tar.gz", "convert .parquet")
+    refused(lambda path: train.find_images([str(path)]), tmp_path, *ways_out)
 
 
 def test_every_image_comes_once_in_an_epoch_however_many_processes_share_it(monkeypatch):
@@ -2244,10 +2184,7 @@ def perceiver(world, out, *more):
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory):
-    """rf: both stages, with the benchmark before and after; perceiver: LoRA alone in stage 2.
-
-    The network is out of reach all the while.
-    """
+    """rf: both stages, with the benchmark before and after; perceiver: LoRA alone in stage 2."""
     out = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(1)
     images = [jpeg(noise_image(rng, 40, 50)) for _ in range(4)]
@@ -2258,7 +2195,7 @@ def trained(world, tmp_path_factory):
         open(out / "said", "w") as said,
         redirect_stdout(said),
     ):
-        patch.setattr(socket, "getaddrinfo", None)
+        patch.setattr(socket, "getaddrinfo", None)  # no step needs the network
         patch.setattr(socket.socket, "connect", None)
         train.main(rf(world, out / "rf", "--benchmark", benchmark, "--export-every", 4))
         for stage in (1, 2):
@@ -2272,7 +2209,6 @@ def read_log(folder):
 
 
 def trained_weights(folder):
-    """The weights in the last checkpoint of a stage."""
     tensors = load_file(folder / "step-00000006.safetensors")
     return {key[6:]: tensors[key] for key in tensors if key.startswith("model.")}
 
@@ -2346,7 +2282,6 @@ def test_lora_and_proj_alone_change_in_clip(world, trained):
 
 
 def test_the_result_computes_in_plain_open_clip_what_the_trained_tower_did(world, trained):
-    """That tower's LoRA is not merged."""
     folder = trained / "rf" / "open_clip"
     clip = open_clip.create_model(f"local-dir:{folder}").eval()
     _, model = built(world, trained / "rf", "--stage", 2)
@@ -2482,7 +2417,6 @@ def test_the_flags_reach_the_model(world, tmp_path):
     _, model = built(world, tmp_path, *more, "--local-ratio", 0.25)
     assert (model.mask_ratio, model.num_locals) == ([0.2, 0.3], 4)
     assert len(model.denoiser.layers) == 3
-    assert not model.denoiser.grad_checkpointing
 
 
 def test_the_denoisers_of_the_paper_have_its_sizes():
@@ -2498,14 +2432,10 @@ def test_without_lora_the_whole_tower_trains_and_is_the_result(world, tmp_path):
     s, model = built(world, tmp_path, "--stage", "e2e", "--no-lora")
     assert all(p.requires_grad for p in model.visual.parameters())
     perturb(model.visual)
-    weights = model.state_dict()
-    clip = train.build_enhanced_clip(s, weights)
+    clip = train.build_enhanced_clip(s, model.state_dict())
     assert_same_weights(clip.visual, model.visual)
     original = load_file(world / "tiny-clip.safetensors")
     assert torch.equal(clip.token_embedding.weight, original["token_embedding.weight"])
-    del weights["visual.proj"]
-    says = "visual.proj must be [64, 32], not absent"
-    refused(lambda _: train.build_enhanced_clip(s, weights), says)
 
 
 def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
@@ -2520,15 +2450,13 @@ def test_denoiser_and_clip_have_rates_of_their_own(world, tmp_path):
 def test_in_bf16_the_frozen_vae_keeps_its_weights_in_bf16(world, tmp_path):
     """And its latents come out in float32, within bf16's error of those of float32."""
     s, model = built(world, tmp_path, "--precision", "bf16")
-    exact, vae = load_vae(s.vae), model.autoencoder
+    vae = model.autoencoder
     assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
     images = 2 * torch.rand(4, 3, 32, 32) - 1
     with train.autocast(s, torch.device("cpu")):
         latents = vae.encode(images, sample=False)
-        decoded = vae.decode(latents)
-    assert latents.dtype == decoded.dtype == torch.float32
-    assert_close(latents, exact.encode(images, sample=False), 0.05)
-    assert_close(decoded, exact.decode(latents), 0.05)
+    assert latents.dtype == torch.float32
+    assert_close(latents, load_vae(s.vae).encode(images, sample=False), 0.05)
 
 
 @pytest.mark.parametrize("more, order", [([], [0, 1, 2]), (["--shuffle-target"], [2, 0, 1])])
@@ -2539,7 +2467,6 @@ def test_the_control_alone_conditions_on_other_images(world, tmp_path, monkeypat
     assert torch.equal(condition_images, images[order])
     assert not torch.equal(images[0], images[1])
     assert 0.4 < images.mean() < 0.6  # noise, in [0, 1]
-    assert_close(255 * images, (255 * images).round(), 1e-6)
 
 
 @pytest.mark.parametrize("largest", [0.5, 1000])
@@ -2586,7 +2513,6 @@ def test_what_is_due_after_a_step_of_14(step, due):
 
 
 def test_a_row_of_the_log_is_made_of_means(tmp_path):
-    """Over the images since the row before, and in ten bins of their t."""
     s = settings("--out", tmp_path, "--batch-size", 4, "--accum", 1)
     log = train.Log(s, 0, 10, 80, torch.device("cpu"))
     levels = torch.tensor([0.05, 0.95, 0.99, 1.0])
@@ -2699,7 +2625,6 @@ def test_a_killed_run_ends_in_the_same_bits(world, trained, tmp_path, device, ru
 
 
 def assert_close_logs(one, other):
-    """The losses, also the held-out ones, and the gradients are nearly the same."""
     for row, same in zip(read_log(one), read_log(other), strict=True):
         for name in ("loss", "grad_norm", "heldout"):
             if row[name]:
@@ -2717,7 +2642,6 @@ def test_an_exported_clip_is_evaluated(world, trained, tmp_path, device):
 
 
 def assert_same_run(one, other, stage, *results):
-    """Checkpoints, pictures, losses and results are the same to the last bit."""
     files = [path for path in (one / stage).rglob("*.*") if path.suffix != ".csv"]
     for path in files + [one / name for name in results]:
         assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
@@ -2728,18 +2652,14 @@ def assert_same_run(one, other, stage, *results):
 
 @pytest.fixture(scope="session")
 def stub_run(world, tmp_path_factory):
-    """A finished run of the Stub."""
     out = tmp_path_factory.mktemp("stub")
     train_stub(world, out)
     return out
 
 
-def test_the_newest_two_checkpoints_are_kept_with_the_permissions_of_any_file(stub_run, tmp_path):
+def test_the_newest_two_checkpoints_are_kept(stub_run):
     names = sorted(path.name for path in (stub_run / "stage1").glob("step-*"))
     assert names == ["step-00000004.safetensors", "step-00000006.safetensors"]
-    (tmp_path / "other").touch()
-    modes = {path.stat().st_mode for path in stub_run.rglob("*") if path.is_file()}
-    assert modes == {(tmp_path / "other").stat().st_mode}
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(world, stub_run, tmp_path, monkeypatch):
@@ -2782,34 +2702,24 @@ def go_on(world, stub_run, out, capsys, start, *more):
 
 
 def flip_a_bit(path):
-    content = path.read_bytes()
-    spoil(path, len(content) // 2, bytes([content[len(content) // 2] ^ 1]))
-
-
-def make_it_another_models(path):
-    tensors, about = gh.read_weights(path, "it")
-    renamed = {name.replace("bias", "other"): tensor for name, tensor in tensors.items()}
-    gh.write_weights(path, renamed, about)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGE = {
     "a bit": flip_a_bit,
-    "end": lambda path: os.truncate(path, path.stat().st_size - 3),
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "list": lambda path: path.write_text("[]"),
     "no seal": lambda path: save_file(load_file(path), path),
     "older": lambda path: shutil.copy(path.with_name("step-00000004.safetensors"), path),
-    "another model's": make_it_another_models,
 }
 
 
 @pytest.mark.parametrize("damage, steps, start", [
     ("a bit", [6], [4]),
-    ("end", [6, 4], []),
+    ("half", [6, 4], []),
     ("no seal", [6], [4]),
     ("older", [8, 7, 6], [4]),
-    ("another model's", [6], [4]),
 ])
 def test_damaged_checkpoints_are_skipped(
         world, stub_run, stopped, tmp_path, capsys, damage, steps, start):
@@ -2827,12 +2737,10 @@ def test_damaged_checkpoints_are_skipped(
     ("settings.json", []),
     ("log.csv", []),
     ("000003.png", [2]),
-    ("step-00000004.safetensors", [2]),
     ("step-00000006.safetensors", [4]),
     ("last.safetensors", [6]),
 ])
 def test_a_full_disk_is_one_line(world, stub_run, tmp_path, monkeypatch, capsys, name, start):
-    """With room again, the same command goes on."""
     replace = os.replace
 
     def full(source, target):
@@ -2884,23 +2792,16 @@ def test_what_stops_a_run_is_one_line(
     assert not saved
 
 
-@pytest.mark.parametrize("name", ["settings.json", "log.csv"])
-@pytest.mark.parametrize("damage", ["zeros", "half", "list"])
-def test_an_unreadable_file_of_a_run_is_one_line(world, stopped, capsys, name, damage):
-    DAMAGE[damage](stopped / "stage1" / name)
-    assert f"{name} cannot be read" in refusal(capsys, train_stub, world, stopped)
-
-
-def test_a_log_that_was_moved_away_is_begun_anew(world, stopped):
-    """As the message about an unreadable one advises."""
+def test_an_unreadable_log_is_one_line_until_it_is_moved_away(world, stopped, capsys):
     os.remove(stopped / "stage1" / "step-00000006.safetensors")
+    DAMAGE["half"](stopped / "stage1" / "log.csv")
+    assert "log.csv cannot be read" in refusal(capsys, train_stub, world, stopped)
     os.remove(stopped / "stage1" / "log.csv")
     rows = read_log(train_stub(world, stopped))
     assert [int(row["step"]) for row in rows] == [5, 6]
 
 
 def test_what_a_killed_run_was_writing_is_removed(world, stopped):
-    """And nothing else."""
     for folder in ("", "stage1", "stage1/samples", "open_clip", "clip-000004", "another"):
         (stopped / folder).mkdir(exist_ok=True)
         (stopped / folder / ".part-it").write_text("half")
@@ -2955,15 +2856,11 @@ def test_more_than_a_tenth_of_enough_images_is_too_many(tmp_path, start, step, t
 
 def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, monkeypatch, capsys):
     """But not for a file system without locks."""
-    says = "is in use by another run"
     with train.lock_run_directory(settings("--out", tmp_path / "run")):
         process = in_a_process(tmp_path / "said", train_stub, world, tmp_path / "run")
         process.join()
     assert process.exitcode == 2
-    assert says in one_line((tmp_path / "said").read_text())
-    for code in (errno.EACCES, errno.EAGAIN):
-        monkeypatch.setattr(fcntl, "lockf", fails(OSError(code, "held")))
-        assert says in refusal(capsys, train_stub, world, tmp_path / "run")
+    assert "is in use by another run" in one_line((tmp_path / "said").read_text())
     monkeypatch.setattr(fcntl, "lockf", fails(OSError(errno.ENOLCK, "no lock")))
     train_stub(world, tmp_path / "run")
     assert "a file system without locks (no lock)" in capsys.readouterr().out
@@ -2975,16 +2872,10 @@ def test_an_out_that_a_node_does_not_see_is_one_line(tmp_path, monkeypatch):
     refused(lambda _: train.open_data(s, "data", 8), tmp_path, "rank 8", "that all nodes share")
 
 
-def test_windows_is_refused_in_one_line(tmp_path):
-    def start_on_windows():
-        sys.modules |= {"fcntl": None, "resource": None}
-        sys.platform = "win32"
-        importlib.reload(train).main([])
-
-    process = in_a_process(tmp_path / "said", start_on_windows)
-    process.join()
-    assert process.exitcode == 2
-    assert "Linux, macOS and WSL" in one_line((tmp_path / "said").read_text())
+def test_windows_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert "Linux, macOS and WSL" in refusal(capsys, train.main, [])
 
 
 def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
@@ -2994,14 +2885,6 @@ def test_an_older_python_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 10, 4))
     status, line = command(capsys, lambda argv: None)
     assert status == 2 and line.startswith("it.py: Python 3.11 or newer is needed")
-
-
-@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_gb_on_each_system(monkeypatch, platform, unit):
-    usage = types.SimpleNamespace(ru_maxrss=3_000_000)
-    monkeypatch.setattr(resource, "getrusage", lambda _: usage)
-    monkeypatch.setattr(sys, "platform", platform)
-    assert train.peak_memory() == pytest.approx(0.003 * unit)
 
 
 # ------------------------------------------------------------------ several processes
@@ -3038,8 +2921,7 @@ def in_both(folder, work, *more, device="cpu"):
 
 
 def train_e2e(world, out, *more):
-    """Three steps end to end, without pictures, which take longer than the steps."""
-    train.write_samples = lambda *_: None
+    train.write_samples = lambda *_: None  # which takes longer than the steps
     typed = ("--stage", "e2e", "--steps", 3, "--local-ratio", 0.3)
     train.main(arguments(world, out, *typed, *more))
 
@@ -3080,10 +2962,7 @@ def test_one_process_two_and_shards_walk_the_same_path(world, tmp_path, device):
 
 
 def test_shards_in_bf16_sum_the_gradients_of_ddp(world, tmp_path):
-    """Over two micro-batches, after each of which --shard reduces them.
-
-    Adam's first moments after one step are the gradients themselves, times a tenth.
-    """
+    """Adam's first moments after one step are a tenth of the gradients."""
     typed = ("--stage", 1, "--steps", 1, "--accum", 2, "--precision", "bf16", "--clip-grad", 1e6)
     states = []
     for more in ([], ["--shard"]):
@@ -3098,23 +2977,17 @@ def test_shards_in_bf16_sum_the_gradients_of_ddp(world, tmp_path):
         assert_close(sharded[key], ddp[key], 0.01)
 
 
-def look_at_gradients(world, out):
-    """Say after each step in how many pieces of memory the gradients lie."""
-    clear = train.clear_gradients
+def test_under_ddp_a_gradient_is_held_once(world, tmp_path, monkeypatch):
+    """From the first step on it is a view of DDP's bucket, over two micro-batches a step."""
+    def watched(self, *images):
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        print("buckets", len({gradient.untyped_storage().data_ptr() for gradient in gradients}))
+        return forward(self, *images)
 
-    def watched(model, optimizer):
-        clear(model, optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        print("buckets", len({g.untyped_storage().data_ptr() for g in gradients}))
-
-    train.clear_gradients = watched
-    train_stub(world, out)
-
-
-def test_under_ddp_a_gradient_is_held_once(world, tmp_path):
-    """It stays a view of DDP's bucket, over two micro-batches a step."""
-    said = in_both(tmp_path, look_at_gradients, world, tmp_path / "run")
-    assert re.findall("buckets ([0-9]+)", said[0]) == 6 * ["1"]
+    forward = Stub.forward
+    monkeypatch.setattr(Stub, "forward", watched)
+    said = in_both(tmp_path, train_stub, world, tmp_path / "run")
+    assert re.findall("buckets ([0-9]+)", said[0])[2:] == 10 * ["1"]
 
 
 def bench(world, out):
