@@ -1975,6 +1975,17 @@ def test_a_random_crop_holds_nine_tenths_of_the_image(tmp_path):
     assert 0.86 < areas.min() < 0.9 < areas.median() < areas.max() <= 1
 
 
+@pytest.mark.parametrize("size, kept", [((300, 200), 8 / 9), ((320, 180), 3 / 4)])
+def test_a_wide_image_has_one_crop_the_central_of_4_to_3(tmp_path, size, kept):
+    """As in the official code: no crop of nine tenths has a ratio of 4:3 or less."""
+    ramp = np.indices(size[::-1])[1] * 255 // (size[0] - 1)
+    data = save_and_open(Image.fromarray(ramp.astype(np.uint8)), tmp_path / "a.png", 64)
+    crops = data[0, 0, 0, 8 * [0]][0].float()
+    assert (crops == crops[0]).all()
+    assert (crops.max() - crops.min()) / 255 == pytest.approx(kept, abs=0.02)
+    assert crops.max() + crops.min() == pytest.approx(255, abs=2)
+
+
 def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypatch):
     """Among them an EPS by another name, which Pillow would have Ghostscript run."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fails(pytest.fail.Exception("it was run")))
@@ -2113,7 +2124,7 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
         (data / name).touch()
     assert train.find_images([str(data)]) == ([], [f"{data}/{name}" for name in images])
     said = capsys.readouterr().out
-    assert "data: 6 files that are neither" in said and f"such as {data}/a.svg" in said
+    assert f"neither images nor .tar shards: 6, such as {data}/a.svg" in said
     (data / "0.tar").touch()
     both = ("both 1 tar shards", "and 4 images", "name one kind")
     refused(lambda path: train.find_images([str(path)]), data, *both)
@@ -2122,7 +2133,7 @@ def test_a_folder_is_searched_for_images_and_nothing_else(tmp_path, capsys):
     # Beside shards, a file without a suffix is no image, and Parquet of the same name is metadata.
     (data / "f.parquet").rename(data / "0.parquet")
     assert train.find_images([str(data)]) == ([f"{data}/0.tar"], [])
-    assert "data: 6 files" in capsys.readouterr().out
+    assert "shards: 6, such as" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.zip", "0.parquet"])

@@ -434,7 +434,7 @@ def print_summary(s, core, data, val_images, total, device):
     print_rank_0(
         f"stage {s.stage} on {device_name(device)}: {trained:,} of {whole:,} parameters train; "
         f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
-        f"({WORLD} processes x {s.batch_size} x accumulation {s.accum}); {s.precision}")
+        f"(processes {WORLD} x batch size {s.batch_size} x accumulation {s.accum}); {s.precision}")
     if s.preset == "bench":
         print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
                      f"nothing; {s.backbone}, width {s.width}")
@@ -897,8 +897,8 @@ def find_images(paths):
         others += [name for name in found if name not in used and name not in metadata
                    and not name.lower().endswith(TEXT_SUFFIXES)]
     if others:
-        print_rank_0(f"data: {len(others)} files that are neither images nor .tar shards are "
-                     f"ignored, such as {others[0]}")
+        print_rank_0("data: ignored files that are neither images nor .tar shards: "
+                     f"{len(others)}, such as {others[0]}")
     return shards, images
 
 
