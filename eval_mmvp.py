@@ -1,9 +1,9 @@
 """Evaluate CLIPs: MMVP-VLM (Table 1 of the paper) and zero-shot retention (Table 3).
 
     python eval_mmvp.py --preset toy --weights runs/toy-rf/open_clip --baseline original
-    python eval_mmvp.py --weights open_clip --baseline original --benchmark MMVP_VLM \\
-        --zeroshot imagenet:DIR cifar100:DIR --json result.json --picture changed.png
-    python eval_mmvp.py --weights open_clip --zeroshot imagenet:DIR    # without MMVP-VLM
+    python eval_mmvp.py --weights runs/paper-rf/open_clip --baseline original \\
+        --benchmark MMVP_VLM --zeroshot imagenet:DIR --json it.json --picture changed.png
+    python eval_mmvp.py --weights ViT-L-14.pt --zeroshot imagenet:DIR cifar100:DIR
 
 Every number comes with a 95 % interval. "before" is the --baseline, "after" the model of --weights.
 The protocol is that of the benchmark's evaluate_vlm.py (github.com/tsb0601/MMVP), except for two
@@ -597,7 +597,7 @@ def read_rows(path):
 
 
 def find_image(benchmark_dir, row):
-    for images in ("MLLM_VLM_Images", "MLLM_VLM Images"):  # some copies have the former spelling
+    for images in ("MLLM_VLM_Images", "MLLM_VLM Images"):  # some copies have underscores
         stem = os.path.join(benchmark_dir, images, row.type, str(row.id))
         for suffix in (".jpg", ".jpeg", ".png"):
             if os.path.isfile(stem + suffix):
@@ -649,7 +649,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
 
 
 def read_image(path):
-    """Decode to RGB as open_clip's own preprocessing does."""
+    """Decode an image and convert it to RGB, without the rotation in its EXIF."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
@@ -845,9 +845,9 @@ def summary(result):
 
 
 def classify(clip, tokenizer, dataset, names, templates, batch_size):
-    device = clip.logit_scale.device
-    build = open_clip.build_zero_shot_classifier
-    classifier = build(clip, tokenizer, names, templates, device=device)      # (D, classes)
+    at_once = max(1, batch_size // len(templates))  # classes whose prompts make a batch
+    classifier = open_clip.build_zero_shot_classifier(                        # (D, classes)
+        clip, tokenizer, names, templates, at_once, clip.logit_scale.device)
     images, labels = encode_images(clip, dataset, batch_size)                 # (images, D)
     predicted = check_finite(images @ classifier).argmax(dim=1)
     return {"accuracy": (predicted == labels).cpu().numpy().astype(float)}
@@ -906,7 +906,7 @@ def open_labelled(name, path, preprocess):
         names = sorted(name for name in names if name[0] != ".")
         dataset = open_folders([os.path.join(path, name) for name in names], preprocess)
     if len(names) < 2:
-        raise UserError(f"{len(names)} class folders")
+        raise UserError(f"{len(names)} class folders, where 2 or more are needed")
     if name == "imagenet":
         synsets = ImageNetInfo().label_names()
         wrong = [name for name in synsets + names if name not in names or name not in synsets]
@@ -991,7 +991,7 @@ def explain_table(rows):
     """The lines below the table: what its numbers do and do not show."""
     noise = "To tell a difference between models from noise, compare them with --baseline."
     if "change" in rows[0]:
-        noise = "A change may be noise if its interval contains 0 or its p (McNemar) exceeds 0.05."
+        noise = "A change whose p (McNemar's, exact) exceeds 0.05 may be noise."
     for row in rows:
         if row["unit"] == "pairs" and "change_interval" in row:  # the average's
             low, high = row["change_interval"]
@@ -1089,13 +1089,13 @@ def check_usage(args):
     if len(dict(args.zeroshot)) < len(args.zeroshot):
         raise UserError("--zeroshot: a set is given twice")
     if args.baseline == "original" and not args.weights:
-        raise UserError("--baseline original: name the CLIP to compare with it by --weights")
+        raise UserError("--baseline original: also name a CLIP with --weights")
     if args.picture and not (args.baseline and args.benchmark):
         raise UserError("--picture shows the pairs whose verdict changed: name the pairs by "
                         "--benchmark DIR, and what to compare with by --baseline FILE|original")
     taken = [os.path.realpath(path) for path in (args.weights, args.baseline) if path]
     for path in [path for path in (args.json, args.picture) if path]:
-        if os.path.realpath(path) in taken:
+        if not {os.path.realpath(path), os.path.dirname(os.path.realpath(path))}.isdisjoint(taken):
             raise UserError(f"{path} is a CLIP to evaluate, or named twice: name another file")
         gh.check_writable(path)
         taken.append(os.path.realpath(path))

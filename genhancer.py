@@ -15,8 +15,8 @@ visual.proj (as in the official code), not normalised. SigLIP has no class token
 output of the attention pooling head (Sec. 5.4). Local tokens are taken before visual.proj.
 
 The loss has no term for Eq. 5's penalty on the drift of the visual tower. By our reading, stage 1,
-LoRA and the small learning rate of stage 2 take its place (Sec. 4.3). The training loop (Algorithms
-1 and 2) is train_stage in train.py; the optimizer and its settings (App. B) are there too.
+LoRA and the small learning rate of stage 2 take its place (Sec. 4.3, 5.1). The training loop
+(Algorithms 1 and 2) is train_stage in train.py; the optimizer (App. B) is there, too.
 """
 import argparse
 import contextlib
@@ -67,7 +67,7 @@ class GenHancer(nn.Module):
 
         side = image_side(visual)
         device = next(visual.parameters()).device
-        with torch.no_grad():  # a forward pass tells the widths of the features
+        with torch.no_grad():  # a forward pass reveals the widths of the features
             cls, patches = encode_with_patches(visual, torch.zeros(1, 3, side, side, device=device))
         self.projectors = nn.ModuleDict()
         for name, width in projector_widths.items():
@@ -93,7 +93,7 @@ class GenHancer(nn.Module):
         """
         if stage not in (1, 2, "e2e"):
             raise ValueError(f"unknown stage {stage!r}: choose 1, 2 or 'e2e'")
-        self.requires_grad_(False)  # freeze everything, CLIP among it; what trains follows
+        self.requires_grad_(False)  # freeze everything, including CLIP; what trains follows
         frozen = stage == 2 and freeze_denoiser
         self.denoiser.requires_grad_(not frozen)
         self.projectors.requires_grad_(not frozen)
@@ -105,7 +105,7 @@ class GenHancer(nn.Module):
         return self.train()
 
     def train(self, mode=True):
-        """Training mode for the parts that have trainable parameters, evaluation mode else."""
+        """Training mode for parts with trainable parameters, evaluation mode for the rest."""
         super().train(mode)
         for part in self.children():
             part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -207,7 +207,7 @@ class Continuous(GenHancer):
 
 
 class Discrete(GenHancer):
-    """Fig. 3c: prediction of masked VQ-GAN tokens, which attend to each other and to [CLS]."""
+    """Fig. 3c: prediction of masked VQ-GAN tokens; Perceiver says what the paper leaves open."""
 
     def __init__(self, visual, autoencoder, denoiser, mask_ratio=(0.5, 0.9), local_ratio=0.0):
         widths = {"context": denoiser.config.width}
@@ -339,7 +339,7 @@ def sample_masks(b, n, low, high, device=None):
 
 
 def masked_token_loss(logits, indices, mask):
-    """Eq. 4, which is Eq. 2 for masked tokens: - log p(s_i | unmasked tokens, condition), (B,).
+    """Eq. 4, Eq. 2 for masked instead of next tokens: - log p(s_i | unmasked, condition), (B,).
 
     Each image's mean over its masked tokens, so that all images have the same weight.
     logits (B, N, K), indices (B, N), mask (B, N) bool.
@@ -363,7 +363,7 @@ class Projector(nn.Sequential):
 
 
 def inject_lora(visual, rank=16, alpha=16, dropout=0.1):
-    """Freeze a visual tower and add LoRA to all of its linear weights (rank, alpha: App. B).
+    """Freeze a visual tower and add LoRA to all of its linear weights (settings: App. B).
 
     As in the official code, these are q, k, v, out and both MLP layers of every block, visual.proj,
     and the MLP of SigLIP's pooling head; adapting that head's attention as well is our choice.
@@ -437,8 +437,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """The base layer, with the adapters added to its weight."""
-        low = self.lora_A.unflatten(0, (self.parts, -1))                  # (parts, rank, in)
-        delta = torch.bmm(self.lora_B, low).flatten(0, 1)                 # (parts * out, in)
+        a = self.lora_A.unflatten(0, (self.parts, -1))                    # (parts, rank, in)
+        delta = torch.bmm(self.lora_B, a).flatten(0, 1)                 # (parts * out, in)
         self.base.weight += self.scale * delta
         return self.base
 
@@ -448,7 +448,7 @@ class LoRAAttention(nn.Module):
 
     nn.MultiheadAttention reads the weights of its layers without calling them, so that a wrapper
     around out_proj would never run: this module replaces it. open_clip calls it with x as query,
-    key and value; the other arguments are ignored, and no attention weights are returned.
+    key and value; key, value and need_weights are ignored, and no attention weights are returned.
     """
 
     def __init__(self, attn, rank, alpha, dropout):
@@ -514,7 +514,7 @@ class Flux(nn.Module):
     The parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
     strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents and `txt` for
     the context tokens, which hold no text. As in the official code, all layers have
-    PyTorch's default initialisation: the gates do not start at zero. Raises ValueError if axes_dim
+    PyTorch's default initialization: the gates do not start at zero. Raises ValueError if axes_dim
     does not sum to the width of a head.
     """
 
@@ -636,7 +636,7 @@ def modulate(x, shift, scale):
 
 
 class Modulation(nn.Module):
-    """Embedding of t, guidance and [CLS] (B, hidden) -> n shifts, scales, gates (B, 1, hidden)."""
+    """Embedding of t, guidance, [CLS] (B, hidden) -> n shifts, scales or gates (B, 1, hidden)."""
 
     def __init__(self, hidden, n):
         super().__init__()
@@ -962,7 +962,7 @@ def flatten(content, prefix=""):
 
 
 def find_model(values, pattern, path, what):
-    """The values of the one model in a file, {name: value}, and its own name that is the `pattern`.
+    """The values of the one model in a file, {name: value}, and the name that matches `pattern`.
 
     With the pattern "a", {"model.a": 1, "model.b": 2, "step": 3} gives {"a": 1, "b": 2} and "a".
     If no name ends in it: all values, and "". UserError if several do.

@@ -55,7 +55,7 @@ class AutoEncoder(nn.Module):
         return self.run(self.decoder, z)
 
     def run(self, half, x):
-        """The encoder or decoder in the precision of its weights, whatever autocast says; float32.
+        """The encoder or decoder in the precision of its weights, not autocast's; returns float32.
 
         Autocast would cast bf16 weights up and down again, layer by layer.
         """
@@ -66,7 +66,7 @@ class AutoEncoder(nn.Module):
 def load_vae(path):
     """The autoencoder of a safetensors file: float32, eval, frozen.
 
-    It is FLUX.1's, unless write_weights was told of another configuration ("vae").
+    It is FLUX.1's, unless the file's metadata gives another configuration ("vae").
     UserError if the file is missing or damaged, or does not fit.
     """
     hint = "download ae.safetensors of FLUX.1 and name it with --vae"

@@ -27,7 +27,7 @@ class VQGANConfig:
     ch_mult: tuple = (1, 1, 2, 2, 4)   # channels of each level, in multiples of ch
     num_res_blocks: int = 2
     attn_resolutions: tuple = (16,)    # levels with attention, by their side ...
-    resolution: int = 256              # ... where an image's is this
+    resolution: int = 256              # ... for images of this side
     z_channels: int = 256
     n_embed: int = 16384               # codes in the codebook
     embed_dim: int = 256               # length of a code
@@ -85,7 +85,7 @@ class VectorQuantizer(nn.Module):
 def load_vqgan(path):
     """The VQ-GAN of a safetensors file: float32, eval, frozen.
 
-    It is taming's f16 model, with as many codes as the file holds, unless write_weights was told of
+    It is taming's f16 model, with as many codes as the file holds, unless the metadata gives
     another configuration ("vqgan"). UserError if the file is missing or damaged, or does not fit.
     """
     convert = "convert it with `python vqgan.py last.ckpt vqgan.safetensors`"
