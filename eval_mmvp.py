@@ -1096,7 +1096,7 @@ def check_usage(args):
     taken = [os.path.realpath(path) for path in (args.weights, args.baseline) if path]
     for path in [path for path in (args.json, args.picture) if path]:
         if not {os.path.realpath(path), os.path.dirname(os.path.realpath(path))}.isdisjoint(taken):
-            raise UserError(f"{path} is a CLIP to evaluate, or named twice: name another file")
+            raise UserError(f"{path} is part of a CLIP to evaluate, or named twice: name another file")
         gh.check_writable(path)
         taken.append(os.path.realpath(path))
 
