@@ -1095,10 +1095,11 @@ def check_usage(args):
                         "--benchmark DIR, and what to compare with by --baseline FILE|original")
     taken = [os.path.realpath(path) for path in (args.weights, args.baseline) if path]
     for path in [path for path in (args.json, args.picture) if path]:
-        if not {os.path.realpath(path), os.path.dirname(os.path.realpath(path))}.isdisjoint(taken):
-            raise UserError(f"{path} is part of a CLIP to evaluate, or named twice: name another file")
+        real = os.path.realpath(path)
+        if real in taken or os.path.dirname(real) in taken:
+            raise UserError(f"{path} is part of a CLIP, or named twice: name another file")
         gh.check_writable(path)
-        taken.append(os.path.realpath(path))
+        taken.append(real)
 
 
 def run(argv):
@@ -1113,9 +1114,8 @@ def run(argv):
         check_zeroshot(name, path)
     sources = {"before": args.baseline} if args.baseline else {}
     sources["after"] = args.weights or "original"
-    models = {}  # load all of them before the first evaluation
-    for key, source in sources.items():
-        models[key] = load_clip(args.backbone, None if source == "original" else source)
+    models = {key: load_clip(args.backbone, None if source == "original" else source)
+              for key, source in sources.items()}  # all of them, before the first evaluation
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for key, (clip, preprocess, tokenizer) in models.items():
