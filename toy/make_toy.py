@@ -8,7 +8,7 @@
 
 Each training takes a few minutes on one CPU core. Every image shows one of ten categories, and
 has nine attributes, one for each pattern of MMVP. The committed CLIP names the category almost
-always, but reads the attributes poorly: this is the deficiency that GenHancer mends.
+always, but reads the attributes poorly: this is the deficiency that GenHancer is to repair.
 """
 # These lines must run before the other imports.
 import os
@@ -327,7 +327,7 @@ def draw_world(folder, train=N_TRAIN, held_out=N_HELD_OUT, pairs=100, images=200
                 os.rename(new, folder)
     except OSError as error:
         reason = error.strerror or error
-        advice = "make room or mend its folder, then run the same command again"
+        advice = "free some space or fix the folder, then run the same command again"
         raise UserError(f"{folder} could not be drawn ({reason}): {advice}") from None
 
 
