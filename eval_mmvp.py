@@ -63,7 +63,7 @@ def load_clip(name, weights=None, random=False):
 
     `weights` names local ones instead: a file or folder in open_clip's or Hugging Face's format,
     OpenAI's own archive, or a larger program's checkpoint. No code in them is executed. A visual
-    tower alone is completed by the published weights. `random=True` keeps the random initialization
+    tower alone is completed by the published weights. `random=True` keeps the random initialisation
     and needs no tag.
 
     Returns (clip, preprocess, tokenizer): the open_clip model on the CPU, in float32 and eval mode,

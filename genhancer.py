@@ -514,7 +514,7 @@ class Flux(nn.Module):
     The parameters have the names of black-forest-labs/flux, `model.py`: flux1-dev.safetensors loads
     strictly at a depth of 19 + 38. Hence `img` for the tokens of the noisy latents and `txt` for
     the context tokens, which hold no text. As in the official code, all layers have
-    PyTorch's default initialization: the gates do not start at zero. Raises ValueError if axes_dim
+    PyTorch's default initialisation: the gates do not start at zero. Raises ValueError if axes_dim
     does not sum to the width of a head.
     """
 
