@@ -197,7 +197,7 @@ def run_missing(what, commands, jobs):
     with ThreadPoolExecutor(jobs) as pool:
         runs = [pool.submit(call, commands[path], f"{path}.log") for path in missing]
         try:
-            for run in tqdm(as_completed(runs), what, len(runs)):
+            for run in tqdm(as_completed(runs), what, len(runs), disable=None):
                 run.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -221,7 +221,7 @@ def draw_test(folder, plan):
         new = f"{private}/test"
         pairs = write_benchmark(f"{new}/mmvp", PAIR_SEED, plan["pairs"])
         images = write_classes(f"{new}/zeroshot", IMAGE_SEED, plan["images"])
-        for _ in tqdm(chain(pairs, images), "drawing the test set"):
+        for _ in tqdm(chain(pairs, images), "drawing the test set", disable=None):
             pass
         os.rename(new, folder)
 
@@ -237,7 +237,7 @@ def score_missing(out, exported):
     rows = {}
     if os.path.exists(path):
         rows = {(row["clip"], row["arm"], int(row["step"])): row for row in read_rows(path)}
-    for key in tqdm([key for key in exported if key not in rows], "scores"):
+    for key in tqdm([key for key in exported if key not in rows], "scores", disable=None):
         rows[key] = score(out, *key, exported[key])
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
