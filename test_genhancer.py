@@ -3010,8 +3010,7 @@ def bench(world, out):
 
 
 def test_the_bench_runs_in_several_processes(world, tmp_path):
-    said, statuses = in_two_processes(tmp_path, 2 * [(bench, world, tmp_path)])
-    assert statuses == [0, 0] and "MFU" in said[0], said
+    assert "MFU" in in_both(tmp_path, bench, world, tmp_path)[0]
 
 
 def test_a_rank_that_dies_is_one_line(world, tmp_path):
@@ -3041,6 +3040,14 @@ def test_ranks_may_differ_in_paths_and_workers_alone(world, tmp_path, other, say
     if says:
         assert re.search(says, one_line(said[0]))
         assert "Traceback" not in said[1] and "train.py: " not in said[1]
+
+
+def test_a_run_of_other_settings_is_refused_in_one_line_of_all_ranks(world, stub_run, tmp_path):
+    run = shutil.copytree(stub_run, tmp_path / "run")
+    work = (train_stub, world, run, "--accum", 1, "--seed", 1)
+    said, statuses = in_two_processes(tmp_path, [work, work])
+    assert statuses == [2, 2]
+    assert "seed was 0, is 1" in one_line(said[0]) and "train.py: " not in said[1]
 
 
 @pytest.mark.parametrize("name", [

@@ -123,7 +123,6 @@ def add_training_options(add):
     add("--weight-decay", default=0.01, type=number(float, 0), help="AdamW's weight decay")
     add("--clip-grad", default=1.0, type=POSITIVE, help="maximum norm of the gradient")
     add("--seed", default=0, type=number(int, 0, 2**63 - 1), help="random seed")
-
     add("--precision", choices=["bf16", "fp32"], help="of autocast; bf16 where it is fast")
     add("--workers", default=8, type=number(int, 0, 1024), help="data loading processes of a rank")
     add("--compile", action="store_true", help="torch.compile the networks (other dropout draws)")
@@ -1274,13 +1273,14 @@ def check_same_run(s, data, val, pretrained):
     for name, value in pretrained.checksums.items():
         facts[f"checksum of the {name}"] = value
     compare_ranks(facts | {"validation data": val and val.fingerprint()})
-    if RANK > 0 or s.preset == "bench":
+    if s.preset == "bench":
         return
     settings = {name: value for name, value in facts.items() if name not in PER_START}
     settings["micro-batches of a step (processes x --accum)"] = s.accum * WORLD
     path = os.path.join(s.folder, "settings.json")
     if not os.path.exists(path):
-        write_json(path, settings)
+        if RANK == 0:
+            write_json(path, settings)
         return
     before = read_json(path)
     options = stage_parser(s.stage, s)
@@ -1290,8 +1290,8 @@ def check_same_run(s, data, val, pretrained):
         if was != settings.get(name):
             changed.append(f"{name} was {was}, is {settings.get(name)}")
     if changed:
-        raise UserError(f"{s.folder} holds a run with other settings ({'; '.join(changed)}): "
-                        "give it the same again, or choose another --out")
+        raise_on_all_ranks(f"{s.folder} holds a run with other settings ({'; '.join(changed)}): "
+                           "give it the same again, or choose another --out")
 
 
 @contextlib.contextmanager
