@@ -177,7 +177,7 @@ def load_clip_file(name, model, tag, path):
 
 def find_clip(clip, tensors, path, what):
     """The tensors of the only CLIP in a file, and whether they are in Hugging Face's format."""
-    *_, last = clip.visual.state_dict()
+    last = list(clip.visual.state_dict())[-1]  # no text tower has a tensor of this name
     pattern = rf"(visual\.)?{re.escape(last)}|(vision_model\.)?{re.escape(HF_PATCHES)}"
     tensors, found = gh.find_model(tensors, pattern, path, what)
     # open_clip and transformers 5 save a tower by itself without the tower's name.

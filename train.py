@@ -310,7 +310,7 @@ def prepare(s, evaluates):
     if RANK == 0:
         for kind, paths in (("data", s.data), ("val", s.val)):
             if paths:
-                make_index(paths, index_path(s, kind))
+                make_index(paths, index_file(s, kind))
     if evaluates:
         check_benchmark(s.benchmark)
         for name, path in s.zeroshot:
@@ -411,7 +411,7 @@ def validate(s, core, images):
     """The mean loss of images uint8 (n, 3, H, W), with their own [CLS] and with another's."""
     core.eval()
     means = []
-    for condition_images in (images, images.roll(1, 0)):  # the image before it is the other
+    for condition_images in (images, images.roll(1, 0)):  # its own, then the previous image's
         batches = zip(images.split(s.batch_size), condition_images.split(s.batch_size), strict=True)
         total = 0.0
         for i, (batch, condition) in enumerate(batches):
@@ -428,11 +428,11 @@ def validate(s, core, images):
 @torch.no_grad()
 def print_summary(s, core, data, val_images, total, device):
     """What a reader can check: what trains, on which device, on how many images, for how long."""
-    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in core.parameters())
+    trainable = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in core.parameters())
     print_rank_0(
-        f"stage {s.stage} on {device_name(device)}: {trained:,} of {whole:,} parameters train; "
-        f"{len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
+        f"stage {s.stage} on {device_name(device)}: {trainable:,} of {parameters:,} parameters "
+        f"train; {len(data):,} images; {total:,} steps of {s.batch_size * s.accum * WORLD} images "
         f"(processes {WORLD} x batch size {s.batch_size} x accumulation {s.accum}); {s.precision}")
     if s.preset == "bench":
         print_rank_0(f"bench: RANDOM weights{'' if s.data else ' and images'}, which learn "
@@ -497,8 +497,7 @@ def load_initial(s, checksums):
     tensors, about = read_weights(s.init, "stage 1's weights", hint)
     for name, value in checksums.items():
         if about.get(name, value) != value:
-            raise UserError(f"{s.init} was trained with another {name}: give stage 2 the same one "
-                            "as stage 1")
+            raise UserError(f"{s.init} was trained with another {name}: give stage 2 that one")
     return tensors
 
 
@@ -548,7 +547,9 @@ def flux_config(s, autoencoder):
 
 
 def perceiver_config(s, codebook):
-    return PerceiverConfig(*codebook.shape, s.width, num_heads=s.width // 64, layers=s.layers)
+    n_embed, embed_dim = codebook.shape
+    return PerceiverConfig(n_embed=n_embed, embed_dim=embed_dim, width=s.width,
+                           num_heads=s.width // 64, layers=s.layers)
 
 
 def make_optimizer(s, core):
@@ -610,7 +611,7 @@ def shard(s, core):
     dtype = torch.bfloat16 if s.precision == "bf16" else None
     mixed = fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for name, policy in (("double_blocks", mixed), ("single_blocks", mixed),
-                         ("layers", fsdp.MixedPrecisionPolicy())):
+                         ("layers", fsdp.MixedPrecisionPolicy())):  # CPUs' LayerNorm needs fp32
         for block in getattr(core.denoiser, name, ()):
             fsdp.fully_shard(block, ignored_params=frozen, mp_policy=policy)
     fsdp.fully_shard(core, ignored_params=frozen)
@@ -675,13 +676,13 @@ def open_data(s, kind, side):
     """
     if not getattr(s, kind):
         return RandomImages(s.batch_size, side) if kind == "data" else None
-    if not os.path.exists(index_path(s, kind)):
-        raise UserError(f"rank {RANK} does not see {index_path(s, kind)}, which rank 0 wrote: name "
+    if not os.path.exists(index_file(s, kind)):
+        raise UserError(f"rank {RANK} does not see {index_file(s, kind)}, which rank 0 wrote: name "
                         "an --out that all nodes share")
-    return Images(index_path(s, kind), side)
+    return Images(index_file(s, kind), side)
 
 
-def index_path(s, kind):
+def index_file(s, kind):
     return os.path.join(s.out, f"index-{kind}.safetensors")
 
 
@@ -1197,8 +1198,7 @@ def build_enhanced_clip(s, weights):
 
 
 def evaluate_before_and_after(s, device):
-    """The benchmark and the retention tasks with the original CLIP and with the result: a table,
-    and result.json."""
+    """Evaluate the original CLIP and the result: print the table, write result.json."""
     results = {}
     for key, weights in (("before", s.clip_weights), ("after", s.result)):
         clip, preprocess, tokenizer = load_clip(s.backbone, weights)
